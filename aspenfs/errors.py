@@ -1,0 +1,202 @@
+"""Every error that aspenfs raises on purpose, and the only errno table of the project.
+
+Code below `fuse/` raises the domain's word, never an errno. `fuse/operations.py` turns
+`error.errno` into the kernel's answer in one decorator. What is not an `AspenError` is a bug:
+it is logged with its traceback and answered with EIO.
+
+    AspenError
+    ├── NotFound            ENOENT        ├── TooLarge          EFBIG
+    ├── AlreadyExists       EEXIST        ├── NameTooLong       ENAMETOOLONG
+    ├── NotADirectory       ENOTDIR       ├── InvalidArgument   EINVAL
+    ├── IsADirectory        EISDIR        ├── NotSupported      EOPNOTSUPP
+    ├── DirectoryNotEmpty   ENOTEMPTY     ├── NotImplementedHere ENOSYS
+    ├── AccessDenied        EACCES        ├── NoAttribute       ENODATA
+    ├── NotPermitted        EPERM         ├── OutOfRange        ERANGE
+    ├── ReadOnly            EROFS         ├── ArgumentTooLong   E2BIG
+    ├── CrossTree           EXDEV         ├── NoSpace           ENOSPC
+    ├── TooManyLinks        EMLINK        ├── Stale             ESTALE
+    ├── LoopDetected        ELOOP         ├── BadHandle         EBADF
+    ├── NoDevice            ENXIO         ├── Busy              EBUSY
+    ├── StoreError
+    │   ├── Conflict        EAGAIN        ├── Compacted         ESTALE
+    │   ├── FutureRevision  EINVAL        ├── LeaseNotFound     ENOENT
+    │   ├── TxnTooLarge     E2BIG         ├── Lagged            EOVERFLOW
+    │   └── Overloaded      EAGAIN
+    └── StorageError        EIO
+        ├── Corrupt         EIO     (names file, offset, and what to do)
+        ├── SyncFailed      EIO     (fatal for the process)
+        └── Closed          ESHUTDOWN
+"""
+
+import errno as _errno
+from typing import ClassVar
+
+
+class AspenError(Exception):
+    """Base of all errors raised on purpose; each leaf has its `errno`."""
+
+    errno: ClassVar[int]
+
+
+class NotFound(AspenError):
+    errno = _errno.ENOENT
+
+
+class AlreadyExists(AspenError):
+    errno = _errno.EEXIST
+
+
+class NotADirectory(AspenError):
+    errno = _errno.ENOTDIR
+
+
+class IsADirectory(AspenError):
+    errno = _errno.EISDIR
+
+
+class DirectoryNotEmpty(AspenError):
+    errno = _errno.ENOTEMPTY
+
+
+class AccessDenied(AspenError):
+    errno = _errno.EACCES
+
+
+class NotPermitted(AspenError):
+    errno = _errno.EPERM
+
+
+class ReadOnly(AspenError):
+    errno = _errno.EROFS
+
+
+class CrossTree(AspenError):
+    errno = _errno.EXDEV
+
+
+class TooManyLinks(AspenError):
+    errno = _errno.EMLINK
+
+
+class LoopDetected(AspenError):
+    errno = _errno.ELOOP
+
+
+class NoDevice(AspenError):
+    errno = _errno.ENXIO
+
+
+class TooLarge(AspenError):
+    errno = _errno.EFBIG
+
+
+class NameTooLong(AspenError):
+    errno = _errno.ENAMETOOLONG
+
+
+class InvalidArgument(AspenError):
+    errno = _errno.EINVAL
+
+
+class NotSupported(AspenError):
+    errno = _errno.EOPNOTSUPP
+
+
+class NotImplementedHere(AspenError):
+    """The kernel remembers ENOSYS and stops asking: raise it only where that is wanted."""
+
+    errno = _errno.ENOSYS
+
+
+class NoAttribute(AspenError):
+    errno = _errno.ENODATA
+
+
+class OutOfRange(AspenError):
+    errno = _errno.ERANGE
+
+
+class ArgumentTooLong(AspenError):
+    errno = _errno.E2BIG
+
+
+class NoSpace(AspenError):
+    errno = _errno.ENOSPC
+
+
+class Stale(AspenError):
+    errno = _errno.ESTALE
+
+
+class BadHandle(AspenError):
+    errno = _errno.EBADF
+
+
+class Busy(AspenError):
+    errno = _errno.EBUSY
+
+
+class StoreError(AspenError):
+    """Errors of the replicated store; every leaf sets its own errno."""
+
+
+class Conflict(StoreError):
+    """A compare of a transaction did not hold, and trying again did not help."""
+
+    errno = _errno.EAGAIN
+
+
+class FutureRevision(StoreError):
+    errno = _errno.EINVAL
+
+
+class TxnTooLarge(StoreError):
+    errno = _errno.E2BIG
+
+
+class Overloaded(StoreError):
+    errno = _errno.EAGAIN
+
+
+class LeaseNotFound(StoreError):
+    errno = _errno.ENOENT
+
+
+class Lagged(StoreError):
+    """A watcher was too slow: events were dropped. Watch again from `revision`."""
+
+    errno = _errno.EOVERFLOW
+
+
+class Compacted(StoreError):
+    """The revision asked for is gone; `oldest` is the oldest one that is left."""
+
+    errno = _errno.ESTALE
+
+    def __init__(self, oldest: int) -> None:
+        super().__init__(f"compacted: the oldest revision left is {oldest}")
+        self.oldest = oldest
+
+
+class StorageError(AspenError):
+    errno = _errno.EIO
+
+
+class Corrupt(StorageError):
+    """Stored bytes are not what was written. Says which file, at which offset, and what to do."""
+
+    errno = _errno.EIO
+
+    def __init__(self, file: str, offset: int, cause: str, advice: str) -> None:
+        super().__init__(f"{file}: corrupt at offset {offset}: {cause}; {advice}")
+        self.file, self.offset = file, offset
+
+
+class SyncFailed(StorageError):
+    """fsync failed: the kernel may have dropped the pages, so the process must end (no retry)."""
+
+    errno = _errno.EIO
+
+
+class Closed(StorageError):
+    errno = _errno.ESHUTDOWN

@@ -1,0 +1,34 @@
+"""Every bound of aspenfs, with its unit and its reason. Relations between bounds are asserted below."""
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+# --- keys, values, transactions (the floor that etcd v3 offers) ---
+KEY_BYTES_MAX = 1024  # a user key, without its keyspace prefix
+VALUE_BYTES_MAX = 1 * MIB  # a value of kv/
+STORE_KEY_BYTES_MAX = 4 * KIB  # any key inside the store (history keys escape and add a revision)
+TXN_OPS_MAX = 128
+TXN_BYTES_MAX = 1 * MIB + 64 * KIB  # encoded; one largest value and its overhead
+
+# --- files ---
+NAME_BYTES_MAX = 255  # a directory entry (POSIX NAME_MAX; what statfs reports)
+SYMLINK_BYTES_MAX = 4095  # PATH_MAX - 1
+FILE_BYTES_MAX = 1 << 46  # 64 TiB; EFBIG beyond
+XATTR_VALUE_BYTES_MAX = 64 * KIB  # XATTR_SIZE_MAX of the kernel
+XATTR_LIST_BYTES_MAX = 64 * KIB  # XATTR_LIST_MAX
+LINKS_MAX = 65_000  # as ext4
+INLINE_WRITE_BYTES_MAX = 16 * KIB  # larger writes go to blobs (measured threshold, DESIGN §3)
+INLINE_EXTENT_BYTES_MAX = 64 * KIB  # an extent grown by small appends becomes a blob at this size
+CHUNK_BYTES_MAX = 1 * MIB  # one blob; also FUSE's max_write
+
+# --- log and state ---
+WAL_SEGMENT_BYTES = 64 * MIB
+WAL_FRAME_BYTES_MAX = 4 * MIB
+OVERLAY_BYTES_MAX = 64 * MIB  # accepted but not yet applied; beyond it writers wait for the disk
+SYNC_INTERVAL_MS = 250  # accepted work that nobody waits for is fsynced this often
+HISTORY_REVISIONS = 10_000  # revisions of user keys kept readable before compaction
+WATCH_BUFFER_BATCHES = 1_024  # per watcher; beyond it the watcher gets Lagged
+INODE_BLOCK = 4_096  # inode ids a host reserves at a time
+
+assert VALUE_BYTES_MAX < TXN_BYTES_MAX < WAL_FRAME_BYTES_MAX < WAL_SEGMENT_BYTES
+assert KEY_BYTES_MAX * 2 + 32 < STORE_KEY_BYTES_MAX
+assert INLINE_WRITE_BYTES_MAX <= INLINE_EXTENT_BYTES_MAX <= CHUNK_BYTES_MAX < TXN_BYTES_MAX

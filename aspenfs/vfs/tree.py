@@ -1,0 +1,198 @@
+"""The interface of a tree: what a view must answer so that it can be mounted.
+
+Belongs here: the nouns of a file system without a kernel (Attr, Caller, OpenFile, Listing) and the
+base class `Tree`, whose defaults are those of a read-only tree. Not here: numbers of handles and
+inodes as the kernel sees them (`filesystem.py`), pyfuse3 (`fuse/`), anything of one tree (`views/`).
+
+A node is named by its node id, 48 bits, which the tree chooses: for a stored node it is the same on
+every host and never reused. Names are bytes. All methods raise `aspenfs.errors`. A method that does
+not need the network must not suspend: the fast path of the daemon depends on it.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+from aspenfs import errors
+from aspenfs.kv.types import Event
+
+
+class Attr(NamedTuple):
+    """stat(2) of a node; `mode` with the type bits, `blocks` in units of 512 bytes, times in ns."""
+
+    node: int
+    mode: int
+    nlink: int
+    uid: int
+    gid: int
+    rdev: int
+    size: int
+    blocks: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+class SetAttr(NamedTuple):
+    """What setattr changes; None = leave. Applied in POSIX order: owner, size, times, mode last."""
+
+    mode: int | None = None  # permission bits only
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+    ctime_ns: int | None = None
+
+
+class Caller(Protocol):
+    """Who asks, as the kernel reports it."""
+
+    @property
+    def uid(self) -> int: ...
+    @property
+    def gid(self) -> int: ...
+    @property
+    def pid(self) -> int: ...
+    @property
+    def umask(self) -> int: ...
+
+
+class Usage(NamedTuple):
+    """statfs: bytes and inodes of the storage under a tree."""
+
+    block_bytes: int
+    blocks: int
+    blocks_free: int
+    inodes: int
+    inodes_free: int
+
+
+class Touched(NamedTuple):
+    """What a change made stale: attributes and data of `node`, or the entry `name` in `parent`."""
+
+    node: int | None = None
+    data: bool = False  # pages too, not attributes only
+    parent: int | None = None
+    name: bytes = b""
+
+
+class OpenFile:
+    """An open file of a tree. The defaults answer as a file that can do nothing."""
+
+    direct_io = False  # the kernel must not cache its pages
+    keep_cache = True  # pages cached earlier are still right
+
+    async def read(self, offset: int, size: int) -> bytes:
+        """Up to `size` bytes; fewer only at the end of the file."""
+        raise errors.BadHandle("not open for reading")
+
+    async def write(self, offset: int, data: bytes) -> int:
+        raise errors.ReadOnly("read-only tree")
+
+    async def flush(self) -> None:
+        """At each close(2) of a descriptor."""
+
+    async def sync(self, data_only: bool) -> None:
+        """fsync(2), fdatasync(2): returns when what was written is committed."""
+
+    async def release(self) -> None:
+        """At the last close; no error of it can reach anybody."""
+
+
+class Listing(Protocol):
+    """An open directory. A cookie is a position: 0 = the start, else one that `after` gave."""
+
+    async def after(self, cookie: int, limit: int) -> Sequence[tuple[bytes, Attr, int]]:
+        """Up to `limit` entries (name, attributes, cookie) behind `cookie`, without . and ..
+
+        An entry that is there from before the first call until after the last is given exactly
+        once, however the directory changes meanwhile (POSIX readdir). Empty = the end.
+        """
+
+
+class Tree:
+    """A mountable tree; a subclass overrides what it can do. The defaults refuse changes with EROFS."""
+
+    name: str = ""  # its name in the root directory
+    root: int = 1  # node id of its root directory
+    # How long the kernel may keep answers, in seconds (changes from elsewhere also invalidate).
+    entry_timeout_s: float = 1.0
+    attr_timeout_s: float = 1.0
+    negative_timeout_s: float = 0.0
+    writable = False
+
+    # --- reading ---
+    async def lookup(self, parent: int, name: bytes) -> Attr:
+        raise errors.NotFound(name)
+
+    async def getattr(self, node: int) -> Attr:
+        raise errors.NotFound(node)
+
+    async def readlink(self, node: int) -> bytes:
+        raise errors.InvalidArgument("not a symbolic link")
+
+    async def open(self, node: int, flags: int, caller: Caller) -> OpenFile:
+        """`flags` of open(2), O_TRUNC included (the kernel leaves truncation to us)."""
+        raise errors.NotFound(node)
+
+    async def opendir(self, node: int) -> Listing:
+        raise errors.NotADirectory(node)
+
+    async def statfs(self) -> Usage:
+        return Usage(4096, 0, 0, 0, 0)
+
+    # --- changing ---
+    async def setattr(self, node: int, wanted: SetAttr, caller: Caller) -> Attr:
+        raise errors.ReadOnly("read-only tree")
+
+    async def create(self, parent: int, name: bytes, mode: int, flags: int,
+                     caller: Caller) -> tuple[Attr, OpenFile]:
+        """A new regular file, open; an existing one is opened unless O_EXCL (AlreadyExists)."""
+        raise errors.ReadOnly("read-only tree")
+
+    async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Attr:
+        raise errors.ReadOnly("read-only tree")
+
+    async def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Attr:
+        raise errors.ReadOnly("read-only tree")
+
+    async def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> Attr:
+        raise errors.ReadOnly("read-only tree")
+
+    async def link(self, node: int, parent: int, name: bytes) -> Attr:
+        raise errors.ReadOnly("read-only tree")
+
+    async def unlink(self, parent: int, name: bytes) -> None:
+        raise errors.ReadOnly("read-only tree")
+
+    async def rmdir(self, parent: int, name: bytes) -> None:
+        raise errors.ReadOnly("read-only tree")
+
+    async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes,
+                     flags: int) -> None:
+        """`flags` of renameat2(2): 0, RENAME_NOREPLACE (1) or RENAME_EXCHANGE (2)."""
+        raise errors.ReadOnly("read-only tree")
+
+    # --- extended attributes: names with their namespace, b"user.x" ---
+    async def getxattr(self, node: int, name: bytes) -> bytes:
+        raise errors.NoAttribute(name)
+
+    async def listxattr(self, node: int) -> Sequence[bytes]:
+        return ()
+
+    async def setxattr(self, node: int, name: bytes, value: bytes) -> None:
+        raise errors.NotSupported("this tree has no extended attributes")
+
+    async def removexattr(self, node: int, name: bytes) -> None:
+        raise errors.NotSupported("this tree has no extended attributes")
+
+    # --- life ---
+    async def sync(self) -> None:
+        """syncfs(2), fsyncdir: everything accepted so far is committed."""
+
+    def forgotten(self, node: int) -> None:
+        """The kernel no longer knows the node, and no handle is open: it may be reaped."""
+
+    def touched(self, event: Event) -> Iterable[Touched]:
+        """What a change of the store, made elsewhere, makes stale in the kernel's caches."""
+        return ()
