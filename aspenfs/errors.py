@@ -22,6 +22,9 @@ it is logged with its traceback and answered with EIO.
     │   ├── FutureRevision  EINVAL        ├── LeaseNotFound     ENOENT
     │   ├── TxnTooLarge     E2BIG         ├── Lagged            EOVERFLOW
     │   └── Overloaded      EAGAIN
+    ├── ControlError                      (between a daemon and its clients)
+    │   ├── Unreachable     ENOTCONN      ├── ProtocolError     EPROTO
+    │   └── RemoteFailure   EREMOTEIO
     └── StorageError        EIO
         ├── Corrupt         EIO     (names file, offset, and what to do)
         ├── SyncFailed      EIO     (fatal for the process)
@@ -176,6 +179,28 @@ class Compacted(StoreError):
     def __init__(self, oldest: int) -> None:
         super().__init__(f"compacted: the oldest revision left is {oldest}")
         self.oldest = oldest
+
+
+class ControlError(AspenError):
+    """Errors of the control socket; every leaf sets its own errno."""
+
+
+class Unreachable(ControlError):
+    """No daemon answers, or it went away before it answered."""
+
+    errno = _errno.ENOTCONN
+
+
+class ProtocolError(ControlError):
+    """The peer sent what the protocol does not allow: the connection is of no use any more."""
+
+    errno = _errno.EPROTO
+
+
+class RemoteFailure(ControlError):
+    """The daemon failed at a request in a way that it did not foresee; its log has the traceback."""
+
+    errno = _errno.EREMOTEIO
 
 
 class StorageError(AspenError):

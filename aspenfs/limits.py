@@ -29,6 +29,19 @@ HISTORY_REVISIONS = 10_000  # revisions of user keys kept readable before compac
 WATCH_BUFFER_BATCHES = 1_024  # per watcher; beyond it the watcher gets Lagged
 INODE_BLOCK = 4_096  # inode ids a host reserves at a time
 
+# --- control socket ---
+CONTROL_FRAME_BYTES_MAX = 4 * MIB  # one message: a transaction or one page of a listing
+CONTROL_ITEMS_MAX = 4_096  # of one array or map in a message; what a decoder may allocate at once
+CONTROL_CONNECTIONS_MAX = 128  # more are told so and closed
+CONTROL_REQUESTS_MAX = 64  # under way on one connection, watches among them; more get Overloaded
+CONTROL_HELLO_SECONDS_MAX = 10  # a peer that has not said what it is by then is closed
+CONTROL_PAGE_KEYS = 512  # records in one page; the loop serves others between pages
+CONTROL_PAGE_BYTES = 256 * KIB  # a page is closed once it holds this much
+CONTROL_DELETE_KEYS = 1_024  # keys that one step of a deletion by prefix removes at the most
+
 assert VALUE_BYTES_MAX < TXN_BYTES_MAX < WAL_FRAME_BYTES_MAX < WAL_SEGMENT_BYTES
 assert KEY_BYTES_MAX * 2 + 32 < STORE_KEY_BYTES_MAX
 assert INLINE_WRITE_BYTES_MAX <= INLINE_EXTENT_BYTES_MAX <= CHUNK_BYTES_MAX < TXN_BYTES_MAX
+assert CONTROL_PAGE_BYTES + 2 * VALUE_BYTES_MAX < CONTROL_FRAME_BYTES_MAX  # a page may end in a largest value
+assert TXN_BYTES_MAX * 2 < CONTROL_FRAME_BYTES_MAX
+assert max(CONTROL_PAGE_KEYS, TXN_OPS_MAX) <= CONTROL_ITEMS_MAX
