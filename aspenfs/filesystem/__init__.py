@@ -1,0 +1,1 @@
+"""The POSIX file system as a domain: rows in the Store, large bytes in Blobs. No kernel, no trio."""

@@ -1,0 +1,154 @@
+"""Attributes and extended attributes of inodes (chmod(2), chown(2), utimensat(2), xattr(7))."""
+
+from collections.abc import Sequence
+from typing import Final
+
+from aspenfs import errors
+from aspenfs.filesystem.layout import (
+    ATIME,
+    CTIME,
+    FLAGS,
+    GID,
+    HAS_XATTRS,
+    I64,
+    MODE,
+    MTIME,
+    U32,
+    UID,
+    XATTR_PREFIX,
+    Inode,
+    inode_key,
+    number,
+    unpack_inode,
+    xattr_key,
+)
+from aspenfs.filesystem.volume import ATTEMPTS, Volume, conflict
+from aspenfs.kv.types import (
+    EQUAL,
+    Edit,
+    compare_mod_revision,
+    delete,
+    exists,
+    max_,
+    merge,
+    patch,
+    prefix_end,
+    put,
+)
+from aspenfs.limits import TXN_OPS_MAX, XATTR_LIST_BYTES_MAX, XATTR_VALUE_BYTES_MAX
+
+NAMESPACES: Final = (b"user.", b"trusted.", b"security.")
+PERMISSIONS: Final = 0o7777
+
+
+class AttributeOperations:
+    """Changes of what stat(2) and getxattr(2) show, on one volume."""
+
+    def __init__(self, volume: Volume) -> None:
+        self.volume, self.store = volume, volume.store
+
+    async def change(
+        self,
+        node: int,
+        *,
+        mode: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        atime: int | None = None,
+        mtime: int | None = None,
+        ctime: int | None = None,
+    ) -> Inode:
+        """Sets what is not None, all in one transaction; `mode` is the permission bits. The inode after."""
+        key = inode_key(node)
+        for _ in range(ATTEMPTS):
+            record = self.store.get(key)
+            if record is None:
+                raise errors.Stale(f"inode {node} is gone")
+            inode = unpack_inode(record.value)
+            now = self.volume.now() if ctime is None else ctime
+            edits: list[Edit] = [patch(CTIME, I64(now))]
+            changed: dict[str, int] = {"ctime": now}
+            if uid is not None:
+                edits.append(patch(UID, U32(uid)))
+                changed["uid"] = uid
+            if gid is not None:
+                edits.append(patch(GID, U32(gid)))
+                changed["gid"] = gid
+            if atime is not None:
+                edits.append(patch(ATIME, I64(atime)))
+                changed["atime"] = atime
+            if mtime is not None:
+                edits.append(patch(MTIME, I64(mtime)))
+                changed["mtime"] = mtime
+            if mode is not None:
+                changed["mode"] = inode.mode & ~PERMISSIONS | mode & PERMISSIONS
+                edits.append(patch(MODE, U32(changed["mode"])))
+            result = await self.store.txn(
+                (compare_mod_revision(key, EQUAL, record.mod_revision),),
+                (merge(key, *edits),),
+                origin=self.volume,
+            )
+            if result.succeeded:
+                return inode._replace(**changed)
+        raise conflict("setattr")
+
+    async def record_reads(self, atimes: dict[int, int]) -> None:
+        """Writes access times that were kept in memory; nodes that are gone are passed over."""
+        nodes = [node for node in atimes if self.store.get(inode_key(node)) is not None]
+        for at in range(0, len(nodes), TXN_OPS_MAX):
+            some = nodes[at : at + TXN_OPS_MAX]
+            await self.volume.txn(
+                [exists(inode_key(node)) for node in some],
+                [merge(inode_key(node), max_(ATIME, atimes[node])) for node in some],
+            )
+
+    # --- extended attributes ---
+
+    def get(self, node: int, name: bytes) -> bytes:
+        """NoAttribute, NotSupported for a namespace that we do not keep."""
+        if not self.volume.inode(node).flags & HAS_XATTRS:
+            raise errors.NoAttribute(name)
+        record = self.store.get(xattr_key(node, name))
+        if record is None:
+            raise errors.NoAttribute(name)
+        return record.value
+
+    def list(self, node: int) -> Sequence[bytes]:
+        if not self.volume.inode(node).flags & HAS_XATTRS:
+            return ()
+        prefix = XATTR_PREFIX + number(node)
+        return [key[11:] for key, _ in self.store.range(prefix, prefix_end(prefix), keys_only=True)]
+
+    async def set(self, node: int, name: bytes, value: bytes) -> None:
+        """NotSupported outside user., trusted., security.; NoSpace when the list grows over 64 KiB."""
+        if not name.startswith(NAMESPACES):
+            raise errors.NotSupported(f"extended attributes are kept in {NAMESPACES}")
+        if len(value) > XATTR_VALUE_BYTES_MAX:
+            raise errors.ArgumentTooLong(f"a value has at most {XATTR_VALUE_BYTES_MAX} bytes")
+        names = {*self.list(node), name}
+        if sum(len(each) + 1 for each in names) > XATTR_LIST_BYTES_MAX:
+            raise errors.NoSpace("too many extended attributes")
+        for _ in range(ATTEMPTS):
+            record = self.store.get(inode_key(node))
+            if record is None:
+                raise errors.Stale(f"inode {node} is gone")
+            flags = unpack_inode(record.value).flags | HAS_XATTRS
+            edits = (patch(FLAGS, bytes([flags])), patch(CTIME, I64(self.volume.now())))
+            result = await self.volume.txn(
+                [compare_mod_revision(inode_key(node), EQUAL, record.mod_revision)],
+                [put(xattr_key(node, name), value), merge(inode_key(node), *edits)],
+            )
+            if result.succeeded:
+                return
+        raise conflict("setxattr")
+
+    async def remove(self, node: int, name: bytes) -> None:
+        """NoAttribute."""
+        self.get(node, name)
+        now = self.volume.now()
+        result = await self.volume.txn(
+            [exists(inode_key(node)), exists(xattr_key(node, name))],
+            [delete(xattr_key(node, name)), merge(inode_key(node), patch(CTIME, I64(now)))],
+        )
+        if not result.succeeded:
+            raise errors.NoAttribute(name)

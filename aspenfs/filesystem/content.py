@@ -1,0 +1,370 @@
+"""The bytes of files: extents, their reads, writes and truncation, and the life of blobs.
+
+Extents of a file never overlap, lie within its size, and are at most CHUNK_BYTES_MAX long; what no
+extent covers reads as zeros. A write is one transaction with the size and times of its inode, so a
+crash leaves a prefix of the writes. Small writes travel in the log; an inline extent that small
+appends have grown to INLINE_EXTENT_BYTES_MAX is sealed as a blob, larger writes become blobs at once.
+"""
+
+from typing import Final
+
+from aspenfs import errors
+from aspenfs.filesystem.layout import (
+    ALLOCATED,
+    BLOB_EXTENT,
+    BLOB_PREFIX,
+    EXTENT_BLOB,
+    EXTENT_INLINE,
+    EXTENT_PREFIX,
+    I64,
+    MTIME,
+    SIZE,
+    TIMES2,
+    Extent,
+    Inode,
+    extent_key,
+    inode_key,
+    number,
+    pack_extent,
+    unpack_extent,
+    unpack_inode,
+)
+from aspenfs.filesystem.volume import ATTEMPTS, Volume, conflict
+from aspenfs.kv.types import (
+    EQUAL,
+    Operation,
+    add,
+    append,
+    compare_field,
+    compare_mod_revision,
+    cut,
+    delete,
+    delete_range,
+    merge,
+    patch,
+    put,
+)
+from aspenfs.limits import (
+    CHUNK_BYTES_MAX,
+    FILE_BYTES_MAX,
+    INLINE_EXTENT_BYTES_MAX,
+    INLINE_WRITE_BYTES_MAX,
+    TXN_OPS_MAX,
+)
+
+EXTENTS_A_STEP: Final = 48  # released by one transaction: an extent and a reference each, and some
+OPS_ROOM: Final = TXN_OPS_MAX - 8
+
+
+class References:
+    """Changes of blob reference counts that a transaction makes."""
+
+    def __init__(self) -> None:
+        self.deltas: dict[bytes, int] = {}
+
+    def change(self, digest: bytes, delta: int) -> None:
+        self.deltas[digest] = self.deltas.get(digest, 0) + delta
+
+    def operations(self) -> list[Operation]:
+        return [merge(BLOB_PREFIX + digest, add(0, delta)) for digest, delta in self.deltas.items() if delta]
+
+    def lost(self) -> list[bytes]:
+        return [digest for digest, delta in self.deltas.items() if delta < 0]
+
+
+class Content:
+    """Reads and writes of one volume's files. Sizes and offsets in bytes."""
+
+    def __init__(self, volume: Volume) -> None:
+        self.volume, self.store, self.blobs = volume, volume.store, volume.blobs
+
+    # --- reading ---
+
+    def read(self, node: int, offset: int, size: int) -> bytes | memoryview:
+        """Up to `size` bytes, fewer only at the end of the file. NotFound, Corrupt."""
+        file_size = self.volume.inode(node).size
+        end = min(offset + size, file_size)
+        if offset >= end:
+            return b""
+        first = self.store.get(EXTENT_PREFIX + number(node) + b"\0\0\0\0\0\0\0\0") if offset == 0 else None
+        if first is not None and first.value[0] == EXTENT_INLINE and len(first.value) > end:
+            return first.value[1 : end + 1]
+        extents = self.overlapping(node, offset, end)
+        if len(extents) == 1:
+            only = extents[0]
+            if only.offset <= offset and only.offset + only.length >= end:
+                return self._bytes(only, offset, end)
+        buffer = bytearray(end - offset)
+        for extent in extents:
+            start, stop = max(offset, extent.offset), min(end, extent.offset + extent.length)
+            buffer[start - offset : stop - offset] = self._bytes(extent, start, stop)
+        return memoryview(buffer)
+
+    def _bytes(self, extent: Extent, start: int, stop: int) -> bytes | memoryview:
+        if extent.data is not None:
+            return extent.data[start - extent.offset : stop - extent.offset]
+        return self.blobs.get(extent.digest, extent.start + start - extent.offset, stop - start)
+
+    def overlapping(self, node: int, start: int, end: int) -> list[Extent]:
+        """The extents with a byte in [start, end), in order."""
+        found = self.store.range(extent_key(node, 0), extent_key(node, start + 1), limit=1, reverse=True)
+        extents = [unpack_extent(key, record.value) for key, record in found]
+        if extents and extents[0].offset + extents[0].length <= start:
+            extents.clear()
+        if end - start > 1:
+            extents += [
+                unpack_extent(key, record.value)
+                for key, record in self.store.range(extent_key(node, start + 1), extent_key(node, end))
+            ]
+        return extents
+
+    # --- writing ---
+
+    async def write(self, node: int, offset: int | None, data: bytes) -> int:
+        """Writes all of `data` at `offset`, or at the end (None: O_APPEND); the offset it went to."""
+        written_at = offset
+        for at in range(0, len(data), CHUNK_BYTES_MAX):
+            piece = data if len(data) <= CHUNK_BYTES_MAX else data[at : at + CHUNK_BYTES_MAX]
+            went = await self._write_piece(node, None if offset is None else offset + at, piece)
+            written_at = went if written_at is None else written_at
+        return written_at or 0
+
+    async def _write_piece(self, node: int, offset: int | None, data: bytes) -> int:
+        key = inode_key(node)
+        for _ in range(ATTEMPTS):
+            record = self.store.get(key)
+            if record is None:
+                raise errors.Stale(f"inode {node} is gone")
+            inode = unpack_inode(record.value)
+            start = inode.size if offset is None else offset
+            if start + len(data) > FILE_BYTES_MAX:
+                raise errors.TooLarge(f"a file has at most {FILE_BYTES_MAX} bytes")
+            references = References()
+            operations, allocated, digest = self._plan(node, inode, start, data, references)
+            operations += references.operations()
+            if len(operations) > OPS_ROOM:
+                self._unpin(digest)
+                half = len(data) // 2
+                await self._write_piece(node, start, data[:half])
+                await self._write_piece(node, start + half, data[half:])
+                return start
+            now = self.volume.now()
+            edits = [patch(MTIME, TIMES2(now, now))]
+            if start + len(data) > inode.size:
+                edits.append(patch(SIZE, I64(start + len(data))))
+            if allocated:
+                edits.append(add(ALLOCATED, allocated))
+            operations.append(merge(key, *edits))
+            try:
+                result = await self.store.txn(
+                    (compare_mod_revision(key, EQUAL, record.mod_revision),), operations, origin=self.volume
+                )
+            finally:
+                self._unpin(digest)
+            if result.succeeded:
+                self.volume.unreferenced.update(references.lost())
+                return start
+        raise conflict(f"write to inode {node}")
+
+    def _plan(
+        self, node: int, inode: Inode, start: int, data: bytes, references: References
+    ) -> tuple[list[Operation], int, bytes | None]:
+        """Operations on extents, bytes newly allocated, and the digest that was pinned."""
+        end = start + len(data)
+        small = len(data) < INLINE_WRITE_BYTES_MAX
+        operations: list[Operation] = []
+        allocated = 0
+        if start < inode.size and inode.allocated:
+            overlaps = self.overlapping(node, start, end)
+            if len(overlaps) == 1 and small:
+                only = overlaps[0]
+                if only.data is not None and only.offset <= start and end <= only.offset + only.length:
+                    at = 1 + start - only.offset
+                    return [merge(extent_key(node, only.offset), patch(at, data))], 0, None
+            operations, allocated = self._carve(node, overlaps, start, end, references)
+        elif small and start and inode.allocated:
+            grown = self._grow(node, start, data, references)
+            if grown is not None:
+                return grown
+        if small:
+            operations.append((1, extent_key(node, start), b"\0" + data, 0, None))
+            return operations, allocated + len(data), None
+        digest = self._pin(data)
+        references.change(digest, 1)
+        value = BLOB_EXTENT.pack(EXTENT_BLOB, len(data), 0, digest)
+        operations.append(put(extent_key(node, start), value))
+        return operations, allocated + len(data), digest
+
+    def _carve(
+        self, node: int, overlaps: list[Extent], start: int, end: int, references: References
+    ) -> tuple[list[Operation], int]:
+        """Takes [start, end) out of the extents there; the operations and the (negative) bytes freed."""
+        operations: list[Operation] = [delete_range(extent_key(node, start), extent_key(node, end))]
+        freed = 0
+        for extent in overlaps:
+            stop = extent.offset + extent.length
+            freed += min(stop, end) - max(extent.offset, start)
+            pieces = 0
+            if extent.offset < start:
+                operations.append(
+                    put(extent_key(node, extent.offset), pack_extent(part(extent, extent.offset, start)))
+                )
+                pieces += 1
+            if stop > end:
+                operations.append(put(extent_key(node, end), pack_extent(part(extent, end, stop))))
+                pieces += 1
+            if extent.data is None:
+                references.change(extent.digest, pieces - 1)
+        return operations, -freed
+
+    def _grow(
+        self, node: int, start: int, data: bytes, references: References
+    ) -> tuple[list[Operation], int, bytes | None] | None:
+        """A small write right behind an inline extent joins it; None if there is none."""
+        found = self.store.range(extent_key(node, 0), extent_key(node, start), limit=1, reverse=True)
+        if not found:
+            return None
+        key, record = found[0]
+        offset = int.from_bytes(key[11:19], "big")
+        if record.value[0] != EXTENT_INLINE or offset + len(record.value) - 1 != start:
+            return None
+        if len(record.value) - 1 + len(data) <= INLINE_EXTENT_BYTES_MAX:
+            return [merge(key, append(data))], len(data), None
+        joined = record.value[1:] + data
+        digest = self._pin(joined)
+        references.change(digest, 1)
+        return [put(key, BLOB_EXTENT.pack(EXTENT_BLOB, len(joined), 0, digest))], len(data), digest
+
+    def _pin(self, data: bytes) -> bytes:
+        digest = self.blobs.put(data)
+        self.volume.pinned[digest] = self.volume.pinned.get(digest, 0) + 1
+        return digest
+
+    def _unpin(self, digest: bytes | None) -> None:
+        if digest is None:
+            return
+        pins = self.volume.pinned[digest] - 1
+        if pins:
+            self.volume.pinned[digest] = pins
+        else:
+            del self.volume.pinned[digest]
+            self.volume.unreferenced.add(digest)  # cheap to look at again, costly to forget
+
+    # --- truncation ---
+
+    async def truncate(self, node: int, size: int) -> Inode:
+        """Sets the size; the inode after. A long tail is cut from its end in several transactions,
+        each of which leaves a file of a size between the old and the new one."""
+        if size > FILE_BYTES_MAX:
+            raise errors.TooLarge(f"a file has at most {FILE_BYTES_MAX} bytes")
+        key = inode_key(node)
+        for _ in range(ATTEMPTS * 1024):
+            record = self.store.get(key)
+            if record is None:
+                raise errors.Stale(f"inode {node} is gone")
+            inode = unpack_inode(record.value)
+            references = References()
+            operations: list[Operation] = []
+            freed, reached = 0, size
+            if size < inode.size and inode.allocated:
+                operations, freed, reached = self._cut_tail(node, size, references)
+                operations += references.operations()
+            now = self.volume.now()
+            operations.append(
+                merge(key, patch(SIZE, I64(reached)), add(ALLOCATED, -freed), patch(MTIME, TIMES2(now, now)))
+            )
+            result = await self.volume.txn(
+                (compare_mod_revision(key, EQUAL, record.mod_revision),), operations
+            )
+            if result.succeeded:
+                self.volume.unreferenced.update(references.lost())
+                if reached == size:
+                    return inode._replace(size=size, allocated=inode.allocated - freed, mtime=now, ctime=now)
+        raise conflict(f"truncate of inode {node}")
+
+    def _cut_tail(self, node: int, size: int, references: References) -> tuple[list[Operation], int, int]:
+        """Operations that drop up to a step's worth of extents behind `size`, the bytes freed, and
+        the size that the file then has."""
+        found = self.store.range(
+            extent_key(node, size), extent_key(node, 1 << 63), limit=EXTENTS_A_STEP, reverse=True
+        )
+        operations: list[Operation] = []
+        freed, reached = 0, size
+        for key, record in found:
+            extent = unpack_extent(key, record.value)
+            operations.append(delete(key))
+            freed += extent.length
+            reached = extent.offset
+            if extent.data is None:
+                references.change(extent.digest, -1)
+        if len(found) == EXTENTS_A_STEP and reached > size:
+            return operations, freed, reached
+        if size:
+            for extent in self.overlapping(node, size - 1, size):
+                surplus = extent.offset + extent.length - size
+                if surplus > 0:
+                    freed += surplus
+                    kept = part(extent, extent.offset, size)
+                    key = extent_key(node, extent.offset)
+                    operations.append(
+                        merge(key, cut(1 + kept.length))
+                        if kept.data is not None
+                        else put(key, pack_extent(kept))
+                    )
+        return operations, freed, size
+
+    def release_operations(self, node: int) -> tuple[list[Operation], References] | None:
+        """Operations that drop all extents of a file, if one transaction can hold them, else None."""
+        found = self.store.range(extent_key(node, 0), extent_key(node, 1 << 63), limit=EXTENTS_A_STEP + 1)
+        if len(found) > EXTENTS_A_STEP:
+            return None
+        references = References()
+        operations: list[Operation] = []
+        for key, record in found:
+            operations.append(delete(key))
+            if record.value[0] == EXTENT_BLOB:
+                references.change(BLOB_EXTENT.unpack(record.value)[3], -1)
+        return operations + references.operations(), references
+
+    # --- garbage ---
+
+    async def collect(self, most: int = 100) -> int:
+        """Deletes up to `most` blobs that no extent names any more; how many candidates it took.
+
+        The reference row goes first, and only when that is committed the bytes: whatever a crash
+        loses, no extent is left that names a missing blob.
+        """
+        candidates = sorted(self.volume.unreferenced)[:most]
+        self.volume.unreferenced.difference_update(candidates)
+        doomed = []
+        operations, compares = [], []
+        for digest in candidates:
+            key = BLOB_PREFIX + digest
+            record = self.store.get(key)
+            if digest in self.volume.pinned:
+                continue
+            if record is None:
+                doomed.append(digest)
+            elif int.from_bytes(record.value[:8], "little", signed=True) == 0:
+                doomed.append(digest)
+                compares.append(compare_field(key, 0, EQUAL, 0))
+                operations.append(delete(key))
+        if operations and not (await self.volume.txn(compares, operations)).succeeded:
+            self.volume.unreferenced.update(doomed)
+            return len(candidates)
+        if doomed:
+            await self.store.committed()
+            gone = [
+                d for d in doomed if d not in self.volume.pinned and self.store.get(BLOB_PREFIX + d) is None
+            ]
+            self.blobs.delete([d for d in gone if self.blobs.has(d)])
+        return len(candidates)
+
+
+def part(extent: Extent, start: int, stop: int) -> Extent:
+    """The piece [start, stop) (file offsets) of an extent."""
+    skip = start - extent.offset
+    if extent.data is not None:
+        data = extent.data[skip : skip + stop - start]
+        return Extent(start, len(data), data, 0, b"")
+    return Extent(start, stop - start, None, extent.start + skip, extent.digest)

@@ -1,0 +1,431 @@
+"""Names: directory entries, links, renames, and the end of inodes (POSIX.1-2017, rename(2), unlink(2)).
+
+Every operation is one transaction. Permissions are the kernel's business (default_permissions); what
+depends on the tree itself (existence, types, emptiness, loops) is checked here, and again by the
+transaction's compares when it applies.
+"""
+
+import stat
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from aspenfs import errors
+from aspenfs.filesystem.content import Content, References
+from aspenfs.filesystem.layout import (
+    CTIME,
+    DIRENT,
+    DIRENT_PREFIX,
+    ENTRIES,
+    FORMAT,
+    HAS_XATTRS,
+    I64,
+    INODE,
+    MTIME,
+    NLINK,
+    ORPHAN_PREFIX,
+    PARENT,
+    ROOT,
+    TIMES2,
+    USAGE_KEY,
+    XATTR_PREFIX,
+    Inode,
+    dirent_key,
+    inode_key,
+    number,
+    orphan_key,
+    unpack_inode,
+)
+from aspenfs.filesystem.volume import ATTEMPTS, Volume, conflict
+from aspenfs.kv.types import (
+    EQUAL,
+    Compare,
+    Edit,
+    Operation,
+    absent,
+    add,
+    compare_mod_revision,
+    compare_value,
+    delete,
+    delete_range,
+    exists,
+    merge,
+    patch,
+    prefix_end,
+    put,
+    range_empty,
+)
+from aspenfs.limits import LINKS_MAX, NAME_BYTES_MAX, SYMLINK_BYTES_MAX
+
+RENAME_NOREPLACE: Final = 1
+RENAME_EXCHANGE: Final = 2
+RENAME_LOCK: Final = b"f/r"  # changed by every move of a directory to another parent
+DIRECTORY: Final = stat.S_IFDIR >> 12
+
+
+class Entry(NamedTuple):
+    """A directory entry: `kind` is the type bits of the mode, shifted right by 12."""
+
+    name: bytes
+    node: int
+    kind: int
+
+
+class Removed(NamedTuple):
+    """What lost a name: its inode as it is afterwards; `gone` if its row went with the name."""
+
+    node: int
+    inode: Inode
+    gone: bool
+
+
+class Namespace:
+    """Operations on names of one volume. `in_use(node)` says whether a handle is open on it here."""
+
+    def __init__(self, volume: Volume, content: Content, in_use: Callable[[int], bool]) -> None:
+        self.volume, self.content, self.store, self.in_use = volume, content, volume.store, in_use
+
+    # --- looking ---
+
+    def find(self, parent: int, name: bytes) -> tuple[int, int]:
+        """(node, kind) of a name. NotFound, NameTooLong."""
+        record = self.store.get(DIRENT_PREFIX + parent.to_bytes(8, "big") + name)
+        if record is None:
+            if len(name) > NAME_BYTES_MAX:
+                raise errors.NameTooLong(f"a name has at most {NAME_BYTES_MAX} bytes")
+            raise errors.NotFound(name)
+        return DIRENT.unpack(record.value)  # type: ignore[return-value]
+
+    def entries(self, parent: int, after: bytes | None, limit: int) -> list[Entry]:
+        """Up to `limit` entries in byte order of their names, behind `after` (None: from the start)."""
+        prefix = DIRENT_PREFIX + number(parent)
+        start = prefix if after is None else prefix + after + b"\0"
+        found = self.store.range(start, prefix_end(prefix), limit=limit)
+        return [Entry(key[11:], *DIRENT.unpack(record.value)) for key, record in found]
+
+    # --- making ---
+
+    async def make(
+        self, parent: int, name: bytes, mode: int, uid: int, gid: int, rdev: int = 0, target: bytes = b""
+    ) -> tuple[int, Inode]:
+        """A new inode of any type under a new name; `mode` with its type bits. AlreadyExists.
+
+        In a set-group-ID directory it gets the directory's group, and a directory the bit too
+        (mkdir(2), inode(7)).
+        """
+        if len(name) > NAME_BYTES_MAX:
+            raise errors.NameTooLong(f"a name has at most {NAME_BYTES_MAX} bytes")
+        if len(target) > SYMLINK_BYTES_MAX:
+            raise errors.NameTooLong(f"a symbolic link's target has at most {SYMLINK_BYTES_MAX} bytes")
+        kind = mode >> 12
+        name_key, parent_key = dirent_key(parent, name), inode_key(parent)
+        node = await self.volume.new_id()
+        for _ in range(ATTEMPTS):
+            above = self.volume.directory(parent)
+            if self.store.get(name_key) is not None:
+                raise errors.AlreadyExists(name)
+            if above.mode & stat.S_ISGID:
+                gid = above.gid
+                if kind == DIRECTORY:
+                    mode |= stat.S_ISGID
+            now = self.volume.now()
+            nlink, up = (2, parent) if kind == DIRECTORY else (1, 0)
+            fields = (nlink, len(target), 0, 0, now, now, now, mode, uid, gid, rdev, up, FORMAT, 0)
+            result = await self.store.txn(
+                (absent(name_key), exists(parent_key)),
+                (
+                    put(name_key, DIRENT.pack(node, kind)),
+                    put(inode_key(node), INODE.pack(*fields) + target),
+                    merge(parent_key, *_parent_edits(1, 1 if kind == DIRECTORY else 0, now)),
+                    merge(USAGE_KEY, add(0, 1)),
+                ),
+                origin=self.volume,
+            )
+            if result.succeeded:
+                return node, Inode._make(fields)
+        raise conflict("create")
+
+    async def link(self, node: int, parent: int, name: bytes) -> Inode:
+        """One more name for a file that is not a directory. NotPermitted, TooManyLinks, AlreadyExists."""
+        if len(name) > NAME_BYTES_MAX:
+            raise errors.NameTooLong(f"a name has at most {NAME_BYTES_MAX} bytes")
+        key, name_key, parent_key = inode_key(node), dirent_key(parent, name), inode_key(parent)
+        for _ in range(ATTEMPTS):
+            record = self.store.get(key)
+            if record is None:
+                raise errors.NotFound(f"inode {node}")
+            inode = unpack_inode(record.value)
+            kind = inode.mode >> 12
+            if kind == DIRECTORY:
+                raise errors.NotPermitted("a directory has one name")
+            if inode.nlink == 0:
+                raise errors.NotFound("the file has no name any more")
+            if inode.nlink >= LINKS_MAX:
+                raise errors.TooManyLinks(f"an inode has at most {LINKS_MAX} names")
+            self.volume.directory(parent)
+            if self.store.get(name_key) is not None:
+                raise errors.AlreadyExists(name)
+            now = self.volume.now()
+            result = await self.volume.txn(
+                (
+                    absent(name_key),
+                    exists(parent_key),
+                    compare_mod_revision(key, EQUAL, record.mod_revision),
+                ),
+                (
+                    put(name_key, DIRENT.pack(node, kind)),
+                    merge(key, add(NLINK, 1), patch(CTIME, I64(now))),
+                    merge(parent_key, *_parent_edits(1, 0, now)),
+                ),
+            )
+            if result.succeeded:
+                return inode._replace(nlink=inode.nlink + 1, ctime=now)
+        raise conflict("link")
+
+    # --- removing ---
+
+    async def unlink(self, parent: int, name: bytes) -> Removed:
+        """Takes a name from a file. NotFound, IsADirectory."""
+        for _ in range(ATTEMPTS):
+            node, kind = self.find(parent, name)
+            if kind == DIRECTORY:
+                raise errors.IsADirectory(name)
+            now = self.volume.now()
+            change = _Change()
+            removed = self._drop_name(change, parent, name, node, kind, now)
+            change.then.append(merge(inode_key(parent), *_parent_edits(-1, 0, now)))
+            if await self._apply(change):
+                return removed
+        raise conflict("unlink")
+
+    async def rmdir(self, parent: int, name: bytes) -> Removed:
+        """Removes an empty directory. NotFound, NotADirectory, DirectoryNotEmpty."""
+        for _ in range(ATTEMPTS):
+            node, kind = self.find(parent, name)
+            if kind != DIRECTORY:
+                raise errors.NotADirectory(name)
+            now = self.volume.now()
+            change = _Change()
+            removed = self._drop_name(change, parent, name, node, kind, now)
+            change.then.append(merge(inode_key(parent), *_parent_edits(-1, -1, now)))
+            if await self._apply(change):
+                return removed
+        raise conflict("rmdir")
+
+    def _drop_name(
+        self, change: "_Change", parent: int, name: bytes, node: int, kind: int, now: int
+    ) -> Removed:
+        """Adds to `change` what removing this name does to the entry and its inode, not to the parent."""
+        key, name_key = inode_key(node), dirent_key(parent, name)
+        record = self.store.get(key)
+        if record is None:
+            raise errors.NotFound(f"inode {node}")
+        inode = unpack_inode(record.value)
+        change.compares += (
+            compare_value(name_key, EQUAL, DIRENT.pack(node, kind)),
+            compare_mod_revision(key, EQUAL, record.mod_revision),
+        )
+        change.then.append(delete(name_key))
+        if kind == DIRECTORY:
+            if inode.entries:
+                raise errors.DirectoryNotEmpty(name)
+            below = DIRENT_PREFIX + number(node)
+            change.compares.append(range_empty(below, prefix_end(below)))
+            self._destroy(change, node, inode, [])
+            return Removed(node, inode._replace(nlink=0, ctime=now), True)
+        if inode.nlink > 1:
+            change.then.append(merge(key, add(NLINK, -1), patch(CTIME, I64(now))))
+            return Removed(node, inode._replace(nlink=inode.nlink - 1, ctime=now), False)
+        after = inode._replace(nlink=0, ctime=now)
+        released = None
+        if not self.in_use(node):
+            released = self.content.release_operations(node) if inode.allocated else ([], References())
+        if released is None:
+            change.then += (
+                merge(key, add(NLINK, -1), patch(CTIME, I64(now))),
+                put(orphan_key(node), b""),
+            )
+            return Removed(node, after, False)
+        self._destroy(change, node, inode, released[0])
+        change.references = released[1]
+        return Removed(node, after, True)
+
+    @staticmethod
+    def _destroy(change: "_Change", node: int, inode: Inode, released: list[Operation]) -> None:
+        change.then.append(delete(inode_key(node)))
+        change.then += released
+        if inode.flags & HAS_XATTRS:
+            prefix = XATTR_PREFIX + number(node)
+            change.then.append(delete_range(prefix, prefix_end(prefix)))
+        change.then.append(merge(USAGE_KEY, add(0, -1)))
+
+    async def _apply(self, change: "_Change") -> bool:
+        result = await self.store.txn(change.compares, change.then, origin=self.volume)
+        if result.succeeded and change.references is not None:
+            self.volume.unreferenced.update(change.references.lost())
+        return result.succeeded
+
+    async def reap(self, node: int) -> None:
+        """Ends an orphan: its bytes (in several transactions if they are many), then its rows."""
+        for _ in range(ATTEMPTS):
+            record = self.store.get(inode_key(node))
+            if record is None:
+                await self.volume.txn([exists(orphan_key(node))], [delete(orphan_key(node))])
+                return
+            inode = unpack_inode(record.value)
+            if inode.nlink:
+                return
+            released = self.content.release_operations(node)
+            if released is None:
+                await self.content.truncate(node, 0)
+                continue
+            change = _Change()
+            change.compares.append(compare_mod_revision(inode_key(node), EQUAL, record.mod_revision))
+            self._destroy(change, node, inode, released[0])
+            change.references = released[1]
+            change.then.append(delete(orphan_key(node)))
+            if await self._apply(change):
+                return
+        raise conflict("reap")
+
+    def orphans(self) -> list[int]:
+        """Inodes without a name that were still open when the last daemon ended."""
+        found = self.store.range(ORPHAN_PREFIX, prefix_end(ORPHAN_PREFIX))
+        return [int.from_bytes(key[3:11], "big") for key, _ in found]
+
+    # --- rename ---
+
+    async def rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int
+    ) -> Removed | None:
+        """renameat2(2); what lost its last or a name by being replaced, if anything did."""
+        if len(new_name) > NAME_BYTES_MAX:
+            raise errors.NameTooLong(f"a name has at most {NAME_BYTES_MAX} bytes")
+        if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
+            raise errors.InvalidArgument(f"rename flags {flags:#x} are not supported")
+        for _ in range(ATTEMPTS):
+            node, kind = self.find(parent, name)
+            self.volume.directory(new_parent)
+            try:
+                victim, victim_kind = self.find(new_parent, new_name)
+            except errors.NotFound:
+                victim, victim_kind = 0, 0
+            if victim == node or (parent == new_parent and name == new_name):
+                return None
+            if flags & RENAME_NOREPLACE and victim:
+                raise errors.AlreadyExists(new_name)
+            now = self.volume.now()
+            change = _Change()
+            if flags & RENAME_EXCHANGE:
+                if not victim:
+                    raise errors.NotFound(new_name)
+                self._exchange(
+                    change, (parent, name, node, kind), (new_parent, new_name, victim, victim_kind), now
+                )
+                removed = None
+            else:
+                removed = self._move(
+                    change, (parent, name, node, kind), (new_parent, new_name, victim, victim_kind), now
+                )
+            if await self._apply(change):
+                return removed
+        raise conflict("rename")
+
+    def _move(
+        self,
+        change: "_Change",
+        source: tuple[int, bytes, int, int],
+        target: tuple[int, bytes, int, int],
+        now: int,
+    ) -> Removed | None:
+        (parent, name, node, kind), (new_parent, new_name, victim, victim_kind) = source, target
+        removed = None
+        name_key, new_key = dirent_key(parent, name), dirent_key(new_parent, new_name)
+        entry = DIRENT.pack(node, kind)
+        directory = 1 if kind == DIRECTORY else 0
+        if victim:
+            if directory and victim_kind != DIRECTORY:
+                raise errors.NotADirectory(new_name)
+            if not directory and victim_kind == DIRECTORY:
+                raise errors.IsADirectory(new_name)
+            removed = self._drop_name(change, new_parent, new_name, victim, victim_kind, now)
+        else:
+            change.compares.append(absent(new_key))
+        change.compares.append(compare_value(name_key, EQUAL, entry))
+        change.then += (delete(name_key), put(new_key, entry))
+        self._moved(change, node, kind, parent, new_parent, now)
+        if parent == new_parent:
+            change.then.append(
+                merge(
+                    inode_key(parent), *_parent_edits(-1 if victim else 0, -directory if victim else 0, now)
+                )
+            )
+        else:
+            change.compares.append(exists(inode_key(new_parent)))
+            change.then += (
+                merge(inode_key(parent), *_parent_edits(-1, -directory, now)),
+                merge(
+                    inode_key(new_parent), *_parent_edits(0 if victim else 1, 0 if victim else directory, now)
+                ),
+            )
+        return removed
+
+    def _exchange(
+        self,
+        change: "_Change",
+        one: tuple[int, bytes, int, int],
+        other: tuple[int, bytes, int, int],
+        now: int,
+    ) -> None:
+        for (parent, name, node, kind), (new_parent, new_name, _, new_kind) in ((one, other), (other, one)):
+            entry = DIRENT.pack(node, kind)
+            change.compares.append(compare_value(dirent_key(parent, name), EQUAL, entry))
+            change.then.append(put(dirent_key(new_parent, new_name), entry))
+            self._moved(change, node, kind, parent, new_parent, now)
+            if parent != new_parent:
+                gained = (new_kind == DIRECTORY) - (kind == DIRECTORY)
+                change.then.append(merge(inode_key(parent), *_parent_edits(0, gained, now)))
+        if one[0] == other[0]:
+            change.then.append(merge(inode_key(one[0]), *_parent_edits(0, 0, now)))
+
+    def _moved(self, change: "_Change", node: int, kind: int, parent: int, new_parent: int, now: int) -> None:
+        """The moved inode's own ctime and, for a directory that changes place, its parent."""
+        edits: list[Edit] = [patch(CTIME, I64(now))]
+        if kind == DIRECTORY and parent != new_parent:
+            self._refuse_loop(node, new_parent)
+            lock = self.store.get(RENAME_LOCK)
+            revision = 0 if lock is None else lock.mod_revision
+            if not change.locked:
+                change.compares.append(compare_mod_revision(RENAME_LOCK, EQUAL, revision))
+                change.then.append(put(RENAME_LOCK, b""))
+                change.locked = True
+            edits.append(patch(PARENT, number(new_parent)[::-1]))
+        change.compares.append(exists(inode_key(node)))
+        change.then.append(merge(inode_key(node), *edits))
+
+    def _refuse_loop(self, node: int, new_parent: int) -> None:
+        """A directory may not move into itself or below itself. InvalidArgument."""
+        at = new_parent
+        while at != ROOT:
+            if at == node:
+                raise errors.InvalidArgument("a directory cannot move into itself")
+            at = self.volume.inode(at).parent
+
+
+class _Change:
+    """A transaction under construction."""
+
+    def __init__(self) -> None:
+        self.compares: list[Compare] = []
+        self.then: list[Operation] = []
+        self.references: References | None = None
+        self.locked = False
+
+
+def _parent_edits(entries: int, directories: int, now: int) -> list[Edit]:
+    """Edits of a directory's inode when it gains (or loses) entries, `directories` of them directories."""
+    edits: list[Edit] = [patch(MTIME, TIMES2(now, now))]
+    if entries:
+        edits.append(add(ENTRIES, entries))
+    if directories:
+        edits.append(add(NLINK, directories))
+    return edits

@@ -1,0 +1,95 @@
+"""What all parts of the file system share: the store, the blobs, the clock, and new inode ids.
+
+Concurrency rule of this package: an operation reads state, checks it, and proposes one transaction
+whose compares name what it relied on. On a node that accepts alone nothing can come in between; on
+others a compare fails, and the operation reads again. So nothing here takes a lock.
+"""
+
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+from aspenfs import errors, limits
+from aspenfs.filesystem import layout
+from aspenfs.kv.store import Store
+from aspenfs.kv.types import Compare, Operation, TxnResult, absent, add, get, merge, put
+from aspenfs.seams import Clock
+
+ATTEMPTS: Final = 64  # at a transaction whose compares fail, before Conflict
+
+
+class Blobs(Protocol):
+    """What the file system needs of the chunk store."""
+
+    def put(self, data: bytes) -> bytes: ...
+    def get(self, digest: bytes, offset: int = 0, size: int | None = None) -> bytes | memoryview: ...
+    def has(self, digest: bytes) -> bool: ...
+    def delete(self, digests: Sequence[bytes]) -> None: ...
+
+
+class Volume:
+    """One file system in one store."""
+
+    def __init__(self, store: Store, blobs: Blobs, clock: Clock) -> None:
+        self.store, self.blobs = store, blobs
+        self.now = clock.time_ns
+        self._next_id = self._last_id = 0
+        # Digests put but not yet named by an accepted transaction: not garbage.
+        self.pinned: dict[bytes, int] = {}
+        # Digests that lost a reference: candidates for collection.
+        self.unreferenced: set[bytes] = set()
+
+    async def format(self, mode: int = 0o40755, uid: int = 0, gid: int = 0) -> None:
+        """Makes the root directory if there is none."""
+        if self.store.get(layout.inode_key(layout.ROOT)) is not None:
+            return
+        now = self.now()
+        root = layout.INODE.pack(2, 0, 0, 0, now, now, now, mode, uid, gid, 0, layout.ROOT, layout.FORMAT, 0)
+        await self.store.txn(
+            [absent(layout.inode_key(layout.ROOT))],
+            [
+                put(layout.inode_key(layout.ROOT), root),
+                put(layout.COUNTER_KEY, layout.I64(layout.FIRST_ID)),
+                put(layout.USAGE_KEY, layout.I64(1)),
+            ],
+            origin=self,
+        )
+
+    async def new_id(self) -> int:
+        """An inode id, unique for ever: hosts reserve blocks of them in the log (ADR 0004)."""
+        while self._next_id >= self._last_id:
+            result = await self.store.txn(
+                [],
+                [merge(layout.COUNTER_KEY, add(0, limits.INODE_BLOCK)), get(layout.COUNTER_KEY)],
+                origin=self,
+            )
+            self._last_id = int.from_bytes(result.responses[1].value[:8], "little", signed=True)
+            self._next_id = self._last_id - limits.INODE_BLOCK
+        self._next_id += 1
+        return self._next_id
+
+    def inode(self, node: int) -> layout.Inode:
+        """NotFound if there is no such inode (any more)."""
+        record = self.store.get(layout.INODE_PREFIX + node.to_bytes(8, "big"))
+        if record is None:
+            raise errors.NotFound(f"inode {node}")
+        return layout.Inode._make(layout.INODE.unpack_from(record.value))
+
+    def directory(self, node: int) -> layout.Inode:
+        inode = self.inode(node)
+        if inode.mode & 0o170000 != 0o040000:
+            raise errors.NotADirectory(f"inode {node}")
+        return inode
+
+    def txn(self, compares: Sequence[Compare], then: Sequence[Operation]):  # type: ignore[no-untyped-def]
+        return self.store.txn(compares, then, origin=self)
+
+    def inode_count(self) -> int:
+        record = self.store.get(layout.USAGE_KEY)
+        return 0 if record is None else int.from_bytes(record.value[:8], "little", signed=True)
+
+
+def conflict(what: str) -> errors.Conflict:
+    return errors.Conflict(f"{what}: changed by others {ATTEMPTS} times in a row")
+
+
+__all__ = ["ATTEMPTS", "Blobs", "TxnResult", "Volume", "conflict"]
