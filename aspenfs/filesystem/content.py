@@ -80,9 +80,8 @@ class Content:
 
     # --- reading ---
 
-    def read(self, node: int, offset: int, size: int) -> bytes | memoryview:
-        """Up to `size` bytes, fewer only at the end of the file. NotFound, Corrupt."""
-        file_size = self.volume.inode(node).size
+    def read(self, node: int, offset: int, size: int, file_size: int) -> bytes | memoryview:
+        """Up to `size` bytes, fewer only at the end of a file of `file_size` bytes. Corrupt."""
         end = min(offset + size, file_size)
         if offset >= end:
             return b""

@@ -93,7 +93,7 @@ class Namespace:
             if len(name) > NAME_BYTES_MAX:
                 raise errors.NameTooLong(f"a name has at most {NAME_BYTES_MAX} bytes")
             raise errors.NotFound(name)
-        return DIRENT.unpack(record.value)  # type: ignore[return-value]
+        return DIRENT.unpack(record.value)
 
     def entries(self, parent: int, after: bytes | None, limit: int) -> list[Entry]:
         """Up to `limit` entries in byte order of their names, behind `after` (None: from the start)."""

@@ -145,8 +145,9 @@ class Tree:
     async def setattr(self, node: int, wanted: SetAttr, caller: Caller) -> Attr:
         raise errors.ReadOnly("read-only tree")
 
-    async def create(self, parent: int, name: bytes, mode: int, flags: int,
-                     caller: Caller) -> tuple[Attr, OpenFile]:
+    async def create(
+        self, parent: int, name: bytes, mode: int, flags: int, caller: Caller
+    ) -> tuple[Attr, OpenFile]:
         """A new regular file, open; an existing one is opened unless O_EXCL (AlreadyExists)."""
         raise errors.ReadOnly("read-only tree")
 
@@ -168,8 +169,7 @@ class Tree:
     async def rmdir(self, parent: int, name: bytes) -> None:
         raise errors.ReadOnly("read-only tree")
 
-    async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes,
-                     flags: int) -> None:
+    async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> None:
         """`flags` of renameat2(2): 0, RENAME_NOREPLACE (1) or RENAME_EXCHANGE (2)."""
         raise errors.ReadOnly("read-only tree")
 

@@ -1,0 +1,326 @@
+"""pyfuse3's requests, answered by `vfs.FileSystem`. The only place where our errors become errnos.
+
+Belongs here: translation between pyfuse3's objects and ours, and what is a matter of the mount (owner
+mapping, timeouts, -o sync). Not here: any rule about files.
+"""
+
+import errno
+import functools
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, NamedTuple, TypeVar, cast
+
+import pyfuse3
+
+from aspenfs import errors
+from aspenfs.limits import NAME_BYTES_MAX
+from aspenfs.vfs.filesystem import FileSystem
+from aspenfs.vfs.tree import Attr, SetAttr, Tree
+
+log = logging.getLogger(__name__)
+
+Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
+READDIR_BATCH: Final = 512
+FUSEError = pyfuse3.FUSEError
+
+
+class Presentation(NamedTuple):
+    """How this mount shows attributes: fixed owner, permission bits taken away, and the longest timeouts."""
+
+    uid: int | None = None
+    gid: int | None = None
+    umask: int = 0
+    attr_timeout_s: float | None = None
+    entry_timeout_s: float | None = None
+    sync: bool = False
+
+
+def answers(method: Method) -> Method:
+    """Our errors become errnos; what is not ours is a bug: logged, EIO to this caller, the mount lives."""
+
+    @functools.wraps(method)
+    async def wrapped(*arguments: Any) -> Any:
+        try:
+            return await method(*arguments)
+        except errors.AspenError as error:
+            if error.errno == errno.EIO:
+                log.error("%s: %s", method.__name__, error)
+            raise FUSEError(error.errno) from None
+        except OSError as error:
+            log.exception("%s failed", method.__name__)
+            raise FUSEError(error.errno or errno.EIO) from None
+        except FUSEError:
+            raise
+        except Exception:
+            log.exception("unexpected error in %s", method.__name__)
+            raise FUSEError(errno.EIO) from None
+
+    return cast(Method, wrapped)
+
+
+class Operations(pyfuse3.Operations):
+    """One mount's answers to the kernel."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False  # not coherent between hosts (DESIGN §5)
+    enable_acl = False
+
+    def __init__(self, filesystem: FileSystem, presentation: Presentation) -> None:
+        super().__init__()
+        self.fs, self.show = filesystem, presentation
+        self.plain = presentation._replace(sync=False) == Presentation()
+        self._negative: dict[int, pyfuse3.EntryAttributes] = {}
+
+    # --- attributes ---
+
+    def _attributes(self, ino: int, tree: Tree, attr: Attr) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        _, mode, nlink, uid, gid, rdev, size, blocks, atime, mtime, ctime = attr
+        entry.st_ino = ino
+        entry.entry_timeout = tree.entry_timeout_s
+        entry.attr_timeout = tree.attr_timeout_s
+        entry.st_mode = mode
+        entry.st_nlink = nlink
+        entry.st_uid = uid
+        entry.st_gid = gid
+        entry.st_rdev = rdev
+        entry.st_size = size
+        entry.st_blocks = blocks
+        entry.st_atime_ns = atime
+        entry.st_mtime_ns = mtime
+        entry.st_ctime_ns = ctime
+        if not self.plain:
+            self._present(entry)
+        return entry
+
+    def _present(self, entry: pyfuse3.EntryAttributes) -> None:
+        show = self.show
+        if show.uid is not None:
+            entry.st_uid = show.uid
+        if show.gid is not None:
+            entry.st_gid = show.gid
+        entry.st_mode = pyfuse3.ModeT(entry.st_mode & ~show.umask)
+        if show.attr_timeout_s is not None:
+            entry.attr_timeout = min(entry.attr_timeout, show.attr_timeout_s)
+        if show.entry_timeout_s is not None:
+            entry.entry_timeout = min(entry.entry_timeout, show.entry_timeout_s)
+
+    async def _done(self, tree: Tree) -> None:
+        """-o sync: an answer waits until its change is committed."""
+        if self.show.sync:
+            await tree.sync()
+
+    @answers
+    async def getattr(self, inode: int, ctx: Any = None) -> pyfuse3.EntryAttributes:
+        tree, attr = await self.fs.getattr(inode)
+        return self._attributes(inode, tree, attr)
+
+    @answers
+    async def setattr(self, inode: int, attr: Any, fields: Any, fh: int | None, ctx: Any) -> Any:
+        wanted = SetAttr(
+            attr.st_mode & 0o7777 if fields.update_mode else None,
+            attr.st_uid if fields.update_uid else None,
+            attr.st_gid if fields.update_gid else None,
+            attr.st_size if fields.update_size else None,
+            attr.st_atime_ns if fields.update_atime else None,
+            attr.st_mtime_ns if fields.update_mtime else None,
+            attr.st_ctime_ns if fields.update_ctime else None,
+        )
+        tree, after = await self.fs.setattr(inode, wanted, ctx)
+        await self._done(tree)
+        return self._attributes(inode, tree, after)
+
+    # --- names ---
+
+    @answers
+    async def lookup(self, parent_inode: int, name: bytes, ctx: Any = None) -> pyfuse3.EntryAttributes:
+        try:
+            ino, tree, attr = await self.fs.lookup(parent_inode, name)
+        except errors.NotFound:
+            tree, _ = self.fs.locate(parent_inode)
+            if not tree.negative_timeout_s:
+                raise
+            return self._absent(tree)
+        return self._attributes(ino, tree, attr)
+
+    def _absent(self, tree: Tree) -> pyfuse3.EntryAttributes:
+        """A negative entry, which the kernel keeps: inode 0 (fuse_lowlevel.h, fuse_reply_entry)."""
+        entry = self._negative.get(id(tree))
+        if entry is None:
+            entry = pyfuse3.EntryAttributes()
+            entry.st_ino = cast(Any, 0)
+            limit = self.show.entry_timeout_s
+            timeout = tree.negative_timeout_s
+            entry.entry_timeout = timeout if limit is None else min(timeout, limit)
+            self._negative[id(tree)] = entry
+        return entry
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        for inode, count in inode_list:
+            try:
+                self.fs.forget(inode, count)
+            except Exception:
+                log.exception("unexpected error in forget")
+
+    @answers
+    async def readlink(self, inode: int, ctx: Any) -> bytes:
+        return await self.fs.readlink(inode)
+
+    @answers
+    async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: Any) -> Any:
+        ino, tree, attr = await self.fs.mknod(parent_inode, name, mode, rdev, ctx)
+        await self._done(tree)
+        return self._attributes(ino, tree, attr)
+
+    @answers
+    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: Any) -> Any:
+        ino, tree, attr = await self.fs.mkdir(parent_inode, name, mode, ctx)
+        await self._done(tree)
+        return self._attributes(ino, tree, attr)
+
+    @answers
+    async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: Any) -> Any:
+        ino, tree, attr = await self.fs.symlink(parent_inode, name, target, ctx)
+        await self._done(tree)
+        return self._attributes(ino, tree, attr)
+
+    @answers
+    async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: Any) -> Any:
+        ino, tree, attr = await self.fs.link(inode, new_parent_inode, new_name)
+        await self._done(tree)
+        return self._attributes(ino, tree, attr)
+
+    @answers
+    async def unlink(self, parent_inode: int, name: bytes, ctx: Any) -> None:
+        await self.fs.unlink(parent_inode, name)
+        await self._done(self.fs.locate(parent_inode)[0])
+
+    @answers
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: Any) -> None:
+        await self.fs.rmdir(parent_inode, name)
+        await self._done(self.fs.locate(parent_inode)[0])
+
+    @answers
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: Any,
+    ) -> None:
+        await self.fs.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
+        await self._done(self.fs.locate(parent_inode_old)[0])
+
+    # --- open files ---
+
+    @answers
+    async def open(self, inode: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
+        fh, target = await self.fs.open(inode, flags, ctx)
+        return pyfuse3.FileInfo(
+            fh=pyfuse3.FileHandleT(fh), direct_io=target.direct_io, keep_cache=target.keep_cache
+        )
+
+    @answers
+    async def create(self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: Any) -> Any:
+        fh, target, ino, tree, attr = await self.fs.create(parent_inode, name, mode, flags, ctx)
+        await self._done(tree)
+        info = pyfuse3.FileInfo(
+            fh=pyfuse3.FileHandleT(fh), direct_io=target.direct_io, keep_cache=target.keep_cache
+        )
+        return info, self._attributes(ino, tree, attr)
+
+    @answers
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        return await self.fs.file(fh).read(off, size)
+
+    @answers
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        file = self.fs.file(fh)
+        written = await file.write(off, buf)
+        if self.show.sync:
+            await file.sync(True)
+        return written
+
+    @answers
+    async def flush(self, fh: int) -> None:
+        # Every write was accepted when it returned, so there is nothing to do at close. The kernel
+        # remembers this answer and spares each close a round trip.
+        raise errors.NotImplementedHere("flush")
+
+    @answers
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        await self.fs.file(fh).sync(datasync)
+
+    @answers
+    async def release(self, fh: int) -> None:
+        await self.fs.release(fh)
+
+    # --- directories ---
+
+    @answers
+    async def opendir(self, inode: int, ctx: Any) -> int:
+        return await self.fs.opendir(inode)
+
+    @answers
+    async def readdir(self, fh: int, start_id: int, token: Any) -> None:
+        fs = self.fs
+        while True:
+            entries = await fs.readdir(fh, start_id, READDIR_BATCH)
+            if not entries:
+                return
+            for ino, tree, name, attr, cookie in entries:
+                # Sent with its attributes, so it counts as a lookup.
+                if not pyfuse3.readdir_reply(token, name, self._attributes(ino, tree, attr), cookie):
+                    return
+                fs.remember(ino)
+                start_id = cookie
+
+    @answers
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        await self.fs.fsyncdir(fh)
+
+    @answers
+    async def releasedir(self, fh: int) -> None:
+        await self.fs.release(fh)
+
+    # --- the rest ---
+
+    @answers
+    async def statfs(self, ctx: Any) -> pyfuse3.StatvfsData:
+        usage = await self.fs.statfs(1)
+        data = pyfuse3.StatvfsData()
+        data.f_bsize = data.f_frsize = usage.block_bytes
+        data.f_blocks = usage.blocks
+        data.f_bfree = data.f_bavail = usage.blocks_free
+        data.f_files = usage.inodes
+        data.f_ffree = data.f_favail = usage.inodes_free
+        data.f_namemax = NAME_BYTES_MAX
+        return data
+
+    @answers
+    async def getxattr(self, inode: int, name: bytes, ctx: Any) -> bytes:
+        tree, node = self.fs.locate(inode)
+        return await tree.getxattr(node, name)
+
+    @answers
+    async def listxattr(self, inode: int, ctx: Any) -> Sequence[bytes]:
+        tree, node = self.fs.locate(inode)
+        return await tree.listxattr(node)
+
+    @answers
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: Any) -> None:
+        tree, node = self.fs.locate(inode)
+        await tree.setxattr(node, name, value)
+        await self._done(tree)
+
+    @answers
+    async def removexattr(self, inode: int, name: bytes, ctx: Any) -> None:
+        tree, node = self.fs.locate(inode)
+        await tree.removexattr(node, name)
+        await self._done(tree)
+
+    @answers
+    async def access(self, inode: int, mode: int, ctx: Any) -> bool:
+        return True  # never asked: default_permissions

@@ -1,0 +1,285 @@
+"""The mounted whole: trees side by side, inode numbers, lookup counts and handles, as FUSE speaks of them.
+
+An inode number is `[16 bits tree][48 bits node id]`. Tree 0 is the root directory, which lists the
+others; a subtree mount makes one directory of a tree the root instead. Number 1 is always the root.
+
+Lookup counts (fuse(4), FUSE_FORGET): the kernel's knowledge of an inode is counted up by each reply that
+carries an entry (lookup, mknod, mkdir, symlink, link, create, readdirplus) and down by forget. A tree
+learns that a node is forgotten when the count is 0 and no handle is open on it.
+"""
+
+import stat
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from aspenfs import errors
+from aspenfs.kv.types import Event
+from aspenfs.vfs.tree import Attr, Caller, Listing, OpenFile, SetAttr, Tree, Usage
+
+ROOT_INODE: Final = 1
+NODE_BITS: Final = 48
+NODE_MASK: Final = (1 << NODE_BITS) - 1
+
+
+class RootTree(Tree):
+    """The root directory of a whole mount: one entry per tree, nothing else, nothing to change."""
+
+    root = ROOT_INODE
+    entry_timeout_s = attr_timeout_s = 3600.0
+
+    def __init__(self, trees: Sequence[Tree], now_ns: int) -> None:
+        self.trees = {tree.name.encode(): tree for tree in trees}
+        self.attr = Attr(
+            ROOT_INODE, stat.S_IFDIR | 0o755, 2 + len(trees), 0, 0, 0, len(trees), 0, *[now_ns] * 3
+        )
+
+    async def getattr(self, node: int) -> Attr:
+        return self.attr
+
+    async def statfs(self) -> Usage:
+        return await next(iter(self.trees.values())).statfs()
+
+
+class Handle:
+    """An open file or directory of the kernel's."""
+
+    __slots__ = ("ino", "target", "tree")
+
+    def __init__(self, tree: Tree, ino: int, target: OpenFile | Listing) -> None:
+        self.tree, self.ino, self.target = tree, ino, target
+
+
+class FileSystem:
+    """Routes operations on inode numbers to trees. Errors are those of `aspenfs.errors`."""
+
+    def __init__(self, trees: Sequence[Tree], now_ns: int) -> None:
+        self.root_tree = RootTree(trees, now_ns)
+        self.trees: list[Tree] = [self.root_tree, *trees]
+        self.numbers = {id(tree): index << NODE_BITS for index, tree in enumerate(self.trees)}
+        self.root: tuple[Tree, int] = (self.root_tree, ROOT_INODE)
+        self.root_number = ROOT_INODE  # what the root would be called, were it not the root
+        self.known: dict[int, int] = {}  # inode number -> lookup count
+        self.open_counts: dict[int, int] = {}
+        self.handles: dict[int, Handle] = {}
+        self.next_handle = 1
+
+    async def use_subtree(self, path: bytes) -> None:
+        """Makes the directory at `path` (from the whole mount's root) the root. NotFound, NotADirectory."""
+        parts = [part for part in path.split(b"/") if part]
+        tree, node = self.root
+        for part in parts:
+            tree, attr = await self._walk(tree, node, part)
+            node = attr.node
+            if not stat.S_ISDIR(attr.mode):
+                raise errors.NotADirectory(path)
+        self.root = (tree, node)
+        self.root_number = self.numbers[id(tree)] | node
+
+    async def _walk(self, tree: Tree, node: int, name: bytes) -> tuple[Tree, Attr]:
+        if tree is self.root_tree:
+            below = self.root_tree.trees.get(name)
+            if below is None:
+                raise errors.NotFound(name)
+            return below, await below.getattr(below.root)
+        return tree, await tree.lookup(node, name)
+
+    # --- numbers ---
+
+    def locate(self, ino: int) -> tuple[Tree, int]:
+        """The tree and node of an inode number."""
+        if ino == ROOT_INODE:
+            return self.root
+        return self.trees[ino >> NODE_BITS], ino & NODE_MASK
+
+    def ino_of(self, tree: Tree, node: int) -> int:
+        ino = self.numbers[id(tree)] | node
+        return ROOT_INODE if ino == self.root_number else ino
+
+    def remember(self, ino: int) -> None:
+        """A reply that carries this entry is about to be sent."""
+        known = self.known
+        known[ino] = known.get(ino, 0) + 1
+
+    def forget(self, ino: int, count: int) -> None:
+        left = self.known.get(ino, 0) - count
+        if left > 0:
+            self.known[ino] = left
+            return
+        self.known.pop(ino, None)
+        if ino not in self.open_counts:
+            tree, node = self.locate(ino)
+            tree.forgotten(node)
+
+    # --- entries ---
+
+    async def lookup(self, parent: int, name: bytes) -> tuple[int, Tree, Attr]:
+        tree, node = self.locate(parent)
+        if tree is self.root_tree:
+            tree, attr = await self._walk(tree, node, name)
+        else:
+            attr = await tree.lookup(node, name)
+        return self._entry(tree, attr)
+
+    def _entry(self, tree: Tree, attr: Attr) -> tuple[int, Tree, Attr]:
+        ino = self.ino_of(tree, attr.node)
+        self.remember(ino)
+        return ino, tree, attr
+
+    async def getattr(self, ino: int) -> tuple[Tree, Attr]:
+        tree, node = self.locate(ino)
+        return tree, await tree.getattr(node)
+
+    async def setattr(self, ino: int, wanted: SetAttr, caller: Caller) -> tuple[Tree, Attr]:
+        tree, node = self.locate(ino)
+        return tree, await tree.setattr(node, wanted, caller)
+
+    async def readlink(self, ino: int) -> bytes:
+        tree, node = self.locate(ino)
+        return await tree.readlink(node)
+
+    async def mknod(
+        self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller
+    ) -> tuple[int, Tree, Attr]:
+        tree, node = self.locate(parent)
+        return self._entry(tree, await tree.mknod(node, name, mode, rdev, caller))
+
+    async def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> tuple[int, Tree, Attr]:
+        tree, node = self.locate(parent)
+        return self._entry(tree, await tree.mkdir(node, name, mode, caller))
+
+    async def symlink(
+        self, parent: int, name: bytes, target: bytes, caller: Caller
+    ) -> tuple[int, Tree, Attr]:
+        tree, node = self.locate(parent)
+        return self._entry(tree, await tree.symlink(node, name, target, caller))
+
+    async def link(self, ino: int, parent: int, name: bytes) -> tuple[int, Tree, Attr]:
+        tree, node = self.locate(ino)
+        new_tree, new_parent = self.locate(parent)
+        if tree is not new_tree:
+            raise errors.CrossTree("a link cannot point into another tree")
+        return self._entry(tree, await tree.link(node, new_parent, name))
+
+    async def unlink(self, parent: int, name: bytes) -> None:
+        tree, node = self.locate(parent)
+        await tree.unlink(node, name)
+
+    async def rmdir(self, parent: int, name: bytes) -> None:
+        tree, node = self.locate(parent)
+        await tree.rmdir(node, name)
+
+    async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> None:
+        tree, node = self.locate(parent)
+        new_tree, new_node = self.locate(new_parent)
+        if tree is not new_tree:
+            raise errors.CrossTree("a rename cannot cross trees")
+        await tree.rename(node, name, new_node, new_name, flags)
+
+    # --- handles ---
+
+    def _add_handle(self, tree: Tree, ino: int, target: OpenFile | Listing) -> int:
+        fh = self.next_handle
+        self.next_handle = fh + 1
+        self.handles[fh] = Handle(tree, ino, target)
+        self.open_counts[ino] = self.open_counts.get(ino, 0) + 1
+        return fh
+
+    def _drop_handle(self, fh: int) -> Handle | None:
+        handle = self.handles.pop(fh, None)
+        if handle is not None:
+            ino = handle.ino
+            left = self.open_counts[ino] - 1
+            if left:
+                self.open_counts[ino] = left
+            else:
+                del self.open_counts[ino]
+        return handle
+
+    async def open(self, ino: int, flags: int, caller: Caller) -> tuple[int, OpenFile]:
+        tree, node = self.locate(ino)
+        target = await tree.open(node, flags, caller)
+        return self._add_handle(tree, ino, target), target
+
+    async def create(
+        self, parent: int, name: bytes, mode: int, flags: int, caller: Caller
+    ) -> tuple[int, OpenFile, int, Tree, Attr]:
+        tree, node = self.locate(parent)
+        attr, target = await tree.create(node, name, mode, flags, caller)
+        ino, _, _ = self._entry(tree, attr)
+        return self._add_handle(tree, ino, target), target, ino, tree, attr
+
+    def file(self, fh: int) -> OpenFile:
+        handle = self.handles.get(fh)
+        if handle is None or not isinstance(handle.target, OpenFile):
+            raise errors.BadHandle(f"no open file {fh}")
+        return handle.target
+
+    async def release(self, fh: int) -> None:
+        handle = self._drop_handle(fh)
+        if handle is None:
+            return
+        if isinstance(handle.target, OpenFile):
+            await handle.target.release()
+        if handle.ino not in self.known and handle.ino not in self.open_counts:
+            tree, node = self.locate(handle.ino)
+            tree.forgotten(node)
+
+    async def opendir(self, ino: int) -> int:
+        tree, node = self.locate(ino)
+        listing: Listing = RootListing(self) if tree is self.root_tree else await tree.opendir(node)
+        return self._add_handle(tree, ino, listing)
+
+    async def readdir(self, fh: int, cookie: int, limit: int) -> list[tuple[int, Tree, bytes, Attr, int]]:
+        """(ino, tree, name, attr, cookie) of entries behind `cookie`; call `remember` for each one sent."""
+        handle = self.handles.get(fh)
+        if handle is None or isinstance(handle.target, OpenFile):
+            raise errors.BadHandle(f"no open directory {fh}")
+        tree = handle.tree
+        entries = await handle.target.after(cookie, limit)
+        if tree is self.root_tree:
+            trees = self.root_tree.trees
+            return [(self.ino_of(trees[n], a.node), trees[n], n, a, c) for n, a, c in entries]
+        base = self.numbers[id(tree)]
+        return [(base | attr.node, tree, name, attr, at) for name, attr, at in entries]
+
+    # --- the rest ---
+
+    async def statfs(self, ino: int) -> Usage:
+        tree, _ = self.locate(ino)
+        return await tree.statfs()
+
+    async def fsyncdir(self, fh: int) -> None:
+        handle = self.handles.get(fh)
+        if handle is None:
+            raise errors.BadHandle(f"no open directory {fh}")
+        await handle.tree.sync()
+
+    async def sync(self) -> None:
+        for tree in self.trees:
+            await tree.sync()
+
+    def stale(self, event: Event) -> Iterable[tuple[int | None, bool, int | None, bytes]]:
+        """(inode, its data too, parent inode, name) of what a change from elsewhere made stale here."""
+        for tree in self.trees:
+            for touched in tree.touched(event):
+                node, data, parent, name = touched
+                yield (
+                    None if node is None else self.ino_of(tree, node),
+                    data,
+                    None if parent is None else self.ino_of(tree, parent),
+                    name,
+                )
+
+
+class RootListing:
+    """The root directory, open."""
+
+    def __init__(self, filesystem: FileSystem) -> None:
+        self.filesystem = filesystem
+
+    async def after(self, cookie: int, limit: int) -> Sequence[tuple[bytes, Attr, int]]:
+        trees = list(self.filesystem.root_tree.trees.items())[cookie : cookie + limit]
+        return [(name, await tree.getattr(tree.root), cookie + i + 1) for i, (name, tree) in enumerate(trees)]
+
+
+__all__ = ["ROOT_INODE", "FileSystem", "Handle", "RootListing", "RootTree"]

@@ -1,0 +1,310 @@
+"""files/: the POSIX file system of `filesystem/` as a tree.
+
+Belongs here: what is of this mount only, and dies with it: open handles, access times not yet written
+(relatime, no commit per read), and the last attributes of inodes that lost their name while the kernel
+still held them. Everything else is in the store.
+
+A write(2) is one transaction, accepted when it returns: there is never anything to flush at close(2).
+"""
+
+import os
+import stat
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
+
+from aspenfs import errors
+from aspenfs.filesystem import layout
+from aspenfs.filesystem.attributes import AttributeOperations
+from aspenfs.filesystem.content import Content
+from aspenfs.filesystem.namespace import Namespace, Removed
+from aspenfs.filesystem.volume import Volume
+from aspenfs.kv.types import Event
+from aspenfs.vfs.tree import Attr, Caller, Listing, OpenFile, SetAttr, Touched, Tree, Usage
+
+DAY_NS: Final = 24 * 3600 * 10**9
+INODES_MAX: Final = (1 << 48) - 1
+LISTING_BATCH: Final = 512
+
+
+def to_attr(node: int, inode: layout.Inode) -> Attr:
+    """stat(2) of an inode; a directory's size is its number of entries."""
+    nlink, size, allocated, entries, atime, mtime, ctime, mode, uid, gid, rdev, _, _, _ = inode
+    if mode & 0o170000 == 0o040000:
+        size = entries
+    return Attr(node, mode, nlink, uid, gid, rdev, size, (allocated + 511) >> 9, atime, mtime, ctime)
+
+
+class FilesTree(Tree):
+    """The file system as the kernel sees it. `usage` gives the disk's own figures."""
+
+    name = "files"
+    root = layout.ROOT
+    writable = True
+    entry_timeout_s = attr_timeout_s = negative_timeout_s = 3600.0  # all changes pass through this daemon
+
+    def __init__(self, volume: Volume, usage: Callable[[], Usage], *, atime: bool = True) -> None:
+        self.volume, self.store, self.usage, self.keep_atime = volume, volume.store, usage, atime
+        self.content = Content(volume)
+        self.names = Namespace(volume, self.content, self.is_open)
+        self.attributes = AttributeOperations(volume)
+        self.open_counts: dict[int, int] = {}
+        self.ghosts: dict[int, Attr] = {}  # no row any more, but the kernel may still ask
+        self.orphans: set[int] = set()  # a row without a name, kept for an open handle
+        self.doomed: set[int] = set()  # orphans that nobody holds any more: to be reaped
+        self.atimes: dict[int, int] = {}
+
+    def is_open(self, node: int) -> bool:
+        return node in self.open_counts
+
+    # --- reading ---
+
+    async def lookup(self, parent: int, name: bytes) -> Attr:
+        node, _ = self.names.find(parent, name)
+        return self._attr(node)
+
+    async def getattr(self, node: int) -> Attr:
+        return self._attr(node)
+
+    def _attr(self, node: int) -> Attr:
+        record = self.store.get(layout.INODE_PREFIX + node.to_bytes(8, "big"))
+        if record is None:
+            ghost = self.ghosts.get(node)
+            if ghost is None:
+                raise errors.NotFound(f"inode {node}")
+            return ghost
+        attr = to_attr(node, layout.Inode._make(layout.INODE.unpack_from(record.value)))
+        if node in self.atimes:
+            return attr._replace(atime_ns=max(attr.atime_ns, self.atimes[node]))
+        return attr
+
+    async def readlink(self, node: int) -> bytes:
+        record = self.store.get(layout.inode_key(node))
+        if record is None:
+            raise errors.NotFound(f"inode {node}")
+        self.was_read(node, layout.unpack_inode(record.value))
+        return record.value[layout.TARGET :]
+
+    async def open(self, node: int, flags: int, caller: Caller) -> OpenFile:
+        if flags & os.O_TRUNC:
+            await self.content.truncate(node, 0)
+        else:
+            self.volume.inode(node)
+        return self._handle(node, flags)
+
+    def _handle(self, node: int, flags: int) -> "OpenInode":
+        self.open_counts[node] = self.open_counts.get(node, 0) + 1
+        return OpenInode(self, node, bool(flags & os.O_APPEND))
+
+    async def opendir(self, node: int) -> Listing:
+        inode = self.volume.directory(node)
+        self.was_read(node, inode)
+        return DirectoryListing(self, node)
+
+    async def statfs(self) -> Usage:
+        count = self.volume.inode_count()
+        return self.usage()._replace(inodes=INODES_MAX, inodes_free=INODES_MAX - count)
+
+    def was_read(self, node: int, inode: layout.Inode) -> None:
+        """relatime: the access time moves only if it is not newer than a change, or a day old."""
+        if not self.keep_atime:
+            return
+        atime = self.atimes.get(node, inode.atime)
+        now = self.volume.now()
+        if atime <= inode.mtime or atime <= inode.ctime or now - atime > DAY_NS:
+            self.atimes[node] = now
+
+    # --- changing ---
+
+    async def setattr(self, node: int, wanted: SetAttr, caller: Caller) -> Attr:
+        if node in self.ghosts:
+            raise errors.Stale(f"inode {node} is gone")
+        mode, uid, gid, size, atime, mtime, ctime = wanted
+        if atime is not None:
+            self.atimes.pop(node, None)
+        inode = None
+        # Owner first, size, then times and mode, which also undo what a size change did to the times.
+        if uid is not None or gid is not None:
+            inode = await self.attributes.change(
+                node, uid=uid, gid=gid, **({} if size is not None else _rest(mode, atime, mtime, ctime))
+            )
+        if size is not None:
+            inode = await self.content.truncate(node, size)
+        if (mode, atime, mtime, ctime) != (None,) * 4 and (size is not None or inode is None):
+            inode = await self.attributes.change(node, **_rest(mode, atime, mtime, ctime))
+        return self._attr(node) if inode is None else to_attr(node, inode)
+
+    async def create(
+        self, parent: int, name: bytes, mode: int, flags: int, caller: Caller
+    ) -> tuple[Attr, OpenFile]:
+        try:
+            node, inode = await self.names.make(
+                parent, name, stat.S_IFREG | mode & 0o7777, caller.uid, caller.gid
+            )
+        except errors.AlreadyExists:
+            if flags & os.O_EXCL:
+                raise
+            node, kind = self.names.find(parent, name)
+            if kind != stat.S_IFREG >> 12:
+                raise
+            handle = await self.open(node, flags, caller)
+            return self._attr(node), handle
+        return to_attr(node, inode), self._handle(node, flags)
+
+    async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Attr:
+        return to_attr(*await self.names.make(parent, name, mode, caller.uid, caller.gid, rdev))
+
+    async def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Attr:
+        mode = stat.S_IFDIR | mode & 0o7777
+        return to_attr(*await self.names.make(parent, name, mode, caller.uid, caller.gid))
+
+    async def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> Attr:
+        mode = stat.S_IFLNK | 0o777
+        return to_attr(*await self.names.make(parent, name, mode, caller.uid, caller.gid, 0, target))
+
+    async def link(self, node: int, parent: int, name: bytes) -> Attr:
+        return to_attr(node, await self.names.link(node, parent, name))
+
+    async def unlink(self, parent: int, name: bytes) -> None:
+        self._removed(await self.names.unlink(parent, name))
+
+    async def rmdir(self, parent: int, name: bytes) -> None:
+        self._removed(await self.names.rmdir(parent, name))
+
+    async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> None:
+        removed = await self.names.rename(parent, name, new_parent, new_name, flags)
+        if removed is not None:
+            self._removed(removed)
+
+    def _removed(self, removed: Removed) -> None:
+        node, inode, gone = removed
+        if gone:
+            self.ghosts[node] = to_attr(node, inode)
+            self.atimes.pop(node, None)
+        elif not inode.nlink:
+            (self.orphans if self.is_open(node) else self.doomed).add(node)
+
+    # --- extended attributes ---
+
+    async def getxattr(self, node: int, name: bytes) -> bytes:
+        return self.attributes.get(node, name)
+
+    async def listxattr(self, node: int) -> Sequence[bytes]:
+        return self.attributes.list(node)
+
+    async def setxattr(self, node: int, name: bytes, value: bytes) -> None:
+        await self.attributes.set(node, name, value)
+
+    async def removexattr(self, node: int, name: bytes) -> None:
+        await self.attributes.remove(node, name)
+
+    # --- life ---
+
+    async def sync(self) -> None:
+        await self.flush_atimes()
+        await self.store.committed()
+
+    def released(self, node: int) -> None:
+        left = self.open_counts[node] - 1
+        if left:
+            self.open_counts[node] = left
+            return
+        del self.open_counts[node]
+        if node in self.orphans:
+            self.orphans.discard(node)
+            self.doomed.add(node)
+
+    def forgotten(self, node: int) -> None:
+        self.ghosts.pop(node, None)
+
+    async def flush_atimes(self) -> None:
+        """Writes the access times that reads have moved."""
+        if self.atimes:
+            atimes, self.atimes = self.atimes, {}
+            await self.attributes.record_reads(atimes)
+
+    async def reap(self, most: int = 64) -> int:
+        """Ends up to `most` orphans that nobody holds any more; how many it ended."""
+        some = [self.doomed.pop() for _ in range(min(most, len(self.doomed)))]
+        for node in some:
+            await self.names.reap(node)
+        return len(some)
+
+    async def recover(self) -> int:
+        """At start, before the mount: what was open and without a name when the last daemon ended goes."""
+        orphans = self.names.orphans()
+        for node in orphans:
+            await self.names.reap(node)
+        return len(orphans)
+
+    def touched(self, event: Event) -> Iterable[Touched]:
+        key = event.key
+        kind = key[:3]
+        node = int.from_bytes(key[3:11], "big")
+        if kind == layout.DIRENT_PREFIX:
+            yield Touched(parent=node, name=key[11:])
+            yield Touched(node=node)
+        elif kind == layout.INODE_PREFIX or kind == layout.XATTR_PREFIX:
+            yield Touched(node=node)
+        elif kind == layout.EXTENT_PREFIX:
+            yield Touched(node=node, data=True)
+
+
+class OpenInode(OpenFile):
+    """An open regular file."""
+
+    __slots__ = ("appending", "node", "tree")
+
+    def __init__(self, tree: FilesTree, node: int, appending: bool) -> None:
+        self.tree, self.node, self.appending = tree, node, appending
+
+    async def read(self, offset: int, size: int) -> bytes:
+        tree = self.tree
+        inode = tree.volume.inode(self.node)
+        data = tree.content.read(self.node, offset, size, inode.size)
+        tree.was_read(self.node, inode)
+        return data  # type: ignore[return-value]  # any buffer will do for the kernel
+
+    async def write(self, offset: int, data: bytes) -> int:
+        await self.tree.content.write(self.node, None if self.appending else offset, data)
+        return len(data)
+
+    async def sync(self, data_only: bool) -> None:
+        await self.tree.store.committed()
+
+    async def release(self) -> None:
+        self.tree.released(self.node)
+
+
+class DirectoryListing:
+    """An open directory: a cookie n stands behind the n-th name that this listing has given.
+
+    Names come from the store in byte order, batch by batch, each batch behind the last name given:
+    so an entry that stays is given exactly once, whatever else comes and goes.
+    """
+
+    def __init__(self, tree: FilesTree, node: int) -> None:
+        self.tree, self.node = tree, node
+        self.names: list[bytes] = []
+
+    async def after(self, cookie: int, limit: int) -> Sequence[tuple[bytes, Attr, int]]:
+        if cookie == 0:
+            self.names.clear()  # rewinddir: what is there now
+        del self.names[cookie:]
+        result: list[tuple[bytes, Attr, int]] = []
+        tree = self.tree
+        while not result:
+            last = self.names[-1] if self.names else None
+            entries = tree.names.entries(self.node, last, min(limit, LISTING_BATCH))
+            if not entries:
+                break
+            for name, node, _ in entries:
+                self.names.append(name)
+                try:
+                    result.append((name, tree._attr(node), len(self.names)))
+                except errors.NotFound:
+                    continue  # went while we listed
+        return result
+
+
+def _rest(mode: int | None, atime: int | None, mtime: int | None, ctime: int | None) -> dict[str, int | None]:
+    return {"mode": mode, "atime": atime, "mtime": mtime, "ctime": ctime}
