@@ -120,11 +120,11 @@ def decode_error(body: Any) -> errors.AspenError:
     if not isinstance(body, dict):
         return errors.ProtocolError("an error that is not a map")
     name, message = str(body.get("name")), str(body.get("message"))
-    if name == "Compacted" and type(body.get("oldest")) is int:
-        return errors.Compacted(body["oldest"])
     found = getattr(errors, name, None)
-    known = isinstance(found, type) and issubclass(found, errors.AspenError) and hasattr(found, "errno")
-    if not known or found in (errors.Corrupt, errors.Compacted):  # Corrupt's fields do not travel, its text does
-        return errors.RemoteFailure(message if name == "Corrupt" else f"{name}: {message}")
-    error: errors.AspenError = found(message)
+    if not (isinstance(found, type) and issubclass(found, errors.AspenError) and hasattr(found, "errno")):
+        return errors.RemoteFailure(f"{name}: {message}")
+    # Not called: what __init__ of some classes wants beside the text did not travel.
+    error = found.__new__(found, message)
+    if isinstance(error, errors.Compacted):
+        error.oldest = int(body.get("oldest", 0))
     return error
