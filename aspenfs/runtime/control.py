@@ -16,7 +16,7 @@ import socket
 import stat
 import struct
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import trio
 
@@ -35,12 +35,6 @@ _OUTBOX_FRAMES = 4  # written ahead of a client that reads slowly; then its requ
 _FAREWELL_SECONDS = 1
 
 
-class Started(Protocol):
-    """`trio.TaskStatus[None]`, which mypy does not find in trio 0.35."""
-
-    def started(self) -> None: ...
-
-
 class ControlServer:
     """Serves the store, the status and whatever the daemon adds on one unix socket."""
 
@@ -57,7 +51,10 @@ class ControlServer:
         self.release = release
         self._connections = 0
 
-    async def serve(self, path: str, task_status: Started = trio.TASK_STATUS_IGNORED) -> None:
+    async def serve(
+        self, path: str, *,
+        task_status: Any = trio.TASK_STATUS_IGNORED,  # TaskStatus[None], which mypy misses in trio 0.35
+    ) -> None:
         """Listens on `path` until cancelled, then removes it.
 
         InvalidArgument: the path is longer than a socket's may be. Busy: another process serves it.
@@ -177,17 +174,11 @@ class _Connection:
                 overloaded = errors.Overloaded(f"{CONTROL_REQUESTS_MAX} requests are under way here")
                 await self.send({"id": request.id, "error": protocol.encode_error(overloaded)})
                 continue
-            await nursery.start(self._run, request)
+            accepted = trio.Event()
+            nursery.start_soon(self._run, request, accepted)
+            await accepted.wait()
 
-    async def _run(self, request: protocol.Request, task_status: Started) -> None:
-        started = False
-
-        def accepted() -> None:
-            nonlocal started
-            if not started:
-                started = True
-                task_status.started()
-
+    async def _run(self, request: protocol.Request, accepted: trio.Event) -> None:
         async def send_item(value: Any) -> None:
             await self.send({"id": request.id, "item": value})
 
@@ -200,8 +191,8 @@ class _Connection:
                 if command is None:
                     raise errors.NotSupported(f"this daemon has no control method {request.method!r}")
                 if not command.ordered:
-                    accepted()
-                call = Call(request.params, self.client, self.uid, send_item, accepted)
+                    accepted.set()
+                call = Call(request.params, self.client, self.uid, send_item, accepted.set)
                 result = await command.handler(call)
             except errors.AspenError as raised:
                 error = raised
@@ -210,7 +201,7 @@ class _Connection:
                 error = errors.RemoteFailure(f"the daemon failed at {request.method}; its log has the cause")
             finally:
                 del self._running[request.id]
-                accepted()
+                accepted.set()
         if scope.cancelled_caught:
             error = errors.Closed("cancelled")
         await self._answer(request, result, error)

@@ -31,7 +31,6 @@ KEYSPACE = b"k/"
 KEYSPACE_END = types.prefix_end(KEYSPACE)
 _PREFIX_BYTES = len(KEYSPACE)
 _NUMBER_MAX = (1 << 63) - 1
-_TTL_MS_MAX = 10 * 365 * 24 * 3600 * 1000
 _OPERATORS = {"=": types.EQUAL, "!=": types.NOT_EQUAL, "<": types.LESS, ">": types.GREATER}
 _NUMBER_TARGETS = {"create": types.compare_create_revision, "mod": types.compare_mod_revision,
                    "version": types.compare_version}
@@ -65,11 +64,10 @@ def _param(params: Mapping[str, Any], name: str, kind: type[T], default: T | Non
     return value
 
 
-def _number(params: Mapping[str, Any], name: str, default: int | None = None, *,
-            maximum: int = _NUMBER_MAX) -> int:
+def _number(params: Mapping[str, Any], name: str, default: int | None = None) -> int:
     value = _param(params, name, int, default)
-    if not 0 <= value <= maximum:
-        raise errors.InvalidArgument(f"{name} must be 0 to {maximum}, not {value}")
+    if not 0 <= value <= _NUMBER_MAX:
+        raise errors.InvalidArgument(f"{name} must be 0 to {_NUMBER_MAX}, not {value}")
     return value
 
 
@@ -331,9 +329,7 @@ class _Leases:
 
     async def grant(self, call: Call) -> Any:
         """{lease, ttl_ms}. The client chooses the id, so that it can ask again after a lost answer."""
-        ttl_ms = _number(call.params, "ttl_ms", maximum=_TTL_MS_MAX)
-        if not ttl_ms:
-            raise errors.InvalidArgument("a lease's time must be more than 0")
+        ttl_ms = _number(call.params, "ttl_ms")
         lease = await self._store.lease_grant(ttl_ms, _number(call.params, "lease", 0))
         call.accepted()
         await self._store.committed()
