@@ -1,0 +1,305 @@
+"""The applied state of this node in LMDB: what the log says up to the applied index, in key order.
+
+Belongs here: the environment, the snapshot that readers see, the one transaction that writes a
+batch with its applied index, and offline verification. Not here: how keys become LMDB keys
+(`longkeys.py`), records as bytes (`kv/records.py`), when to apply and what to trim (`applier.py`).
+
+Durability (docs/design/state-store.md): the environment is opened with metasync=False, so `apply`
+syncs the pages of its transaction and leaves the meta page that points to them to the page cache.
+Power loss may therefore undo the newest transaction, never more and never half; `sync` makes it
+durable. `durable_index` is what survives in any case, and the only index below which the log may go.
+
+Threads: reads and `refresh` belong to one thread (the loop's), `apply` and `sync` to another (LMDB
+write transactions are bound to the thread that began them). One process, one environment.
+"""
+
+import errno
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import lmdb
+
+from aspenfs.errors import Corrupt, InvalidArgument, NoSpace, StorageError, SyncFailed
+from aspenfs.kv import records
+from aspenfs.kv.types import Record
+from aspenfs.limits import STORE_KEY_BYTES_MAX
+from aspenfs.runtime import longkeys
+from aspenfs.runtime.longkeys import CHUNK, Databases
+
+FORMAT = b"\x01"
+MAP_BYTES = 1 << 40  # address space, not disk: the file is as large as what is in it
+SLICE_KEYS = 256  # written between two breaths of `apply`: about half a millisecond
+
+_FORMAT_KEY, _APPLIED_KEY = b"format", b"applied"
+_ADVICE = "restore the state directory from another node or a backup; the log alone may not reach back"
+
+Items = Sequence[tuple[bytes, Record | None]]
+
+
+class Summary(NamedTuple):
+    """What `verify` has walked over."""
+
+    applied_index: int
+    keys: int
+    value_bytes: int  # records as stored
+    nodes: int  # of the trie of long keys
+
+
+class StateDb:
+    """The ordered map of the state machine, as of the last `refresh`; a `kv.machine.State`."""
+
+    __slots__ = ("_databases", "_env", "_free_bytes", "_generation", "_get", "_in_doubt", "_path", "_root",
+                 "_txn", "_written_index", "applied_index", "durable_index")  # fmt: skip
+
+    def __init__(self, path: str | os.PathLike[str], *, map_bytes: int = MAP_BYTES,
+                 readonly: bool = False, free_bytes: Callable[[], int] | None = None) -> None:
+        """Opens the environment in the directory `path`, made if missing (not if `readonly`).
+
+        `free_bytes` tells what may still be written; by default the file system is asked.
+        """
+        self._path = os.fspath(path)
+        self._free_bytes = free_bytes or self._free_bytes_of_file_system
+        new = not os.path.exists(os.path.join(self._path, "data.mdb"))
+        if new and readonly:
+            raise Corrupt(self._path, 0, "there is no state here", "is this a state directory?")
+        try:
+            self._open(map_bytes, readonly, new)
+        except lmdb.Error as error:
+            raise _translated(error, self._path) from error
+
+    def _open(self, map_bytes: int, readonly: bool, new: bool) -> None:
+        if not readonly:
+            os.makedirs(self._path, mode=0o700, exist_ok=True)
+        self._env = lmdb.Environment(
+            self._path, map_size=map_bytes, metasync=False, mode=0o600, max_dbs=3, max_readers=16,
+            readonly=readonly, lock=not readonly, create=not readonly, lib_version=0)  # fmt: skip
+        open_db = self._env.open_db
+        self._databases = Databases(open_db(b"root"), open_db(b"nodes"), open_db(b"meta"))
+        self._root = self._databases.root
+        if new:
+            with self._env.begin(write=True) as txn:
+                txn.put(_FORMAT_KEY, FORMAT, db=self._databases.meta)
+            self._env.sync(True)
+            _sync_directory(self._path)
+            _sync_directory(os.path.dirname(os.path.abspath(self._path)))
+        self._generation = 0
+        self._in_doubt = False
+        self._begin()
+        stored = self.meta(_FORMAT_KEY.decode())
+        if stored != FORMAT:
+            raise Corrupt(self._path, 0, f"state format {stored!r} is not {FORMAT!r}",
+                          "use the version of aspenfs that wrote it")  # fmt: skip
+        # What was read may come from the page cache of a process that died before its sync.
+        self._written_index = self.applied_index
+        self.durable_index = 0
+        if not readonly:
+            self.sync()
+
+    # --- reading; the loop's thread ---
+
+    def _begin(self) -> None:
+        self._txn = self._env.begin(db=self._root)
+        self._get = self._txn.get
+        self.applied_index = int.from_bytes(
+            self._txn.get(_APPLIED_KEY, b"", db=self._databases.meta), "big")  # fmt: skip
+
+    def refresh(self) -> None:
+        """Moves readers to the newest applied batch. Walks that are under way go on from their key."""
+        self._txn.abort()
+        self._generation += 1
+        self._begin()
+
+    def get(self, key: bytes) -> Record | None:
+        raw = self._get(key) if 0 < len(key) < CHUNK else self._get_long(key)
+        return None if raw is None else records.unpack(raw)
+
+    def _get_long(self, key: bytes) -> bytes | None:
+        return longkeys.get(self._txn, self._databases, key) if key else None
+
+    def items(self, start: bytes, end: bytes, *, reverse: bool = False) -> Iterator[tuple[bytes, Record]]:
+        """Keys in [start, end) in byte order, `end` b'' = no end.
+
+        Lazily; no snapshot is pinned: after a `refresh` the walk goes on behind the key it gave
+        last, in the new state.
+        """
+        low, high = start, end or None
+        walk = longkeys.backward if reverse else longkeys.forward
+        unpack = records.unpack
+        while True:
+            generation = self._generation
+            for key, raw in walk(self._txn, self._databases, low, high):
+                yield key, unpack(raw)
+                if generation != self._generation:
+                    if reverse:
+                        high = key
+                    else:
+                        low = key + b"\0"
+                    break
+            else:
+                return
+
+    def meta(self, name: str) -> bytes | None:
+        """What `apply` was handed under `name`."""
+        return self._txn.get(name.encode(), db=self._databases.meta)
+
+    # --- writing; the applier's thread ---
+
+    def apply(self, items: Items, applied_index: int, meta: Mapping[str, bytes] | None = None, *,
+              breathe: Callable[[], object] | None = None) -> None:
+        """Writes `items` (None deletes) with the applied index in one transaction: all or nothing.
+
+        `breathe` is called between slices: every put takes the interpreter lock, and whoever waits
+        for it must get a turn. NoSpace changes nothing and may be retried; SyncFailed is fatal.
+        """
+        assert applied_index >= self._written_index
+        need = record_bytes = 0
+        try:
+            with self._env.begin(write=True, db=self._root) as txn:
+                for at in range(0, len(items), SLICE_KEYS):
+                    record_bytes += self._write(txn, items[at : at + SLICE_KEYS])
+                    if breathe is not None:
+                        breathe()
+                database = self._databases.meta
+                for name, value in (meta or {}).items():
+                    txn.put(name.encode(), value, db=database)
+                txn.put(_APPLIED_KEY, applied_index.to_bytes(8, "big"), db=database)
+                need = self._bytes_to_write(txn, len(items), record_bytes)
+                self._check_room(need)
+        except lmdb.Error as error:
+            if error.code == errno.EIO:
+                # LMDB calls a write that a full disk cut short EIO, as it does a real one. Should
+                # it have been a sync after all, the meta page before may be lost: trust a new one.
+                self._in_doubt = True
+                self._check_room(need)
+            raise _translated(error, self._path) from error
+        before, self._written_index = self._written_index, applied_index
+        if self._in_doubt:
+            self.sync()
+        else:
+            # This commit has synced the file, and with it the meta page of the one before.
+            self.durable_index = before
+
+    def _bytes_to_write(self, txn: longkeys.Transaction, keys: int, record_bytes: int) -> int:
+        """At most so much goes to the file at commit: each path copied, and the records."""
+        stat = txn.stat(self._root)
+        pages = min(stat["branch_pages"] + stat["leaf_pages"], keys * (stat["depth"] + 1))
+        return stat["psize"] * (pages + 16) + 2 * record_bytes
+
+    def _check_room(self, need: int) -> None:
+        free = self._free_bytes()
+        if free < need:
+            raise NoSpace(f"{self._path}: {need} bytes to write, {free} free")
+
+    def _free_bytes_of_file_system(self) -> int:
+        status = os.statvfs(self._path)
+        return status.f_bavail * status.f_frsize
+
+    def _write(self, txn: longkeys.Transaction, items: Items) -> int:
+        """Into the open transaction; the bytes of the records."""
+        put, delete, pack = txn.put, txn.delete, records.pack
+        size = 0
+        for key, record in items:
+            if 0 < len(key) < CHUNK:
+                if record is None:
+                    delete(key)
+                else:
+                    raw = pack(record)
+                    size += len(raw)
+                    put(key, raw)
+            elif not 0 < len(key) <= STORE_KEY_BYTES_MAX:
+                raise InvalidArgument(f"a key of the store has 1..{STORE_KEY_BYTES_MAX} bytes: {len(key)}")
+            elif record is None:
+                longkeys.delete(txn, self._databases, key)
+            else:
+                raw = pack(record)
+                size += len(raw) + len(key)
+                longkeys.put(txn, self._databases, key, raw)
+        return size
+
+    def sync(self) -> int:
+        """Makes all that was applied durable; the index up to which that is so."""
+        written = self._written_index
+        try:
+            self._env.sync(True)
+        except lmdb.Error as error:
+            raise SyncFailed(f"{self._path}: {error}") from error
+        self.durable_index, self._in_doubt = written, False
+        return written
+
+    # --- looking after it ---
+
+    def size_bytes(self) -> int:
+        """Bytes of the file that are in use or free for reuse; it never shrinks."""
+        return (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+
+    def verify(self) -> Summary:
+        """Walks over everything in a snapshot of its own; Corrupt names the first thing that is wrong.
+
+        Checks that each record decodes, that each link leads to a node with entries which nobody
+        else links, and that no node is without a link. Callable from any thread.
+        """
+        try:
+            with self._env.begin(db=self._root) as txn:
+                return self._verified(txn)
+        except lmdb.Error as error:
+            raise _translated(error, self._path) from error
+
+    def _verified(self, txn: longkeys.Transaction) -> Summary:
+        keys = value_bytes = 0
+        linked: set[bytes] = set()
+        entered: set[bytes] = set()
+        for database, skip in ((self._databases.root, 0), (self._databases.nodes, longkeys.NODE_ID_BYTES)):
+            with txn.cursor(database) as cursor:
+                for key, raw in cursor.iternext():
+                    if skip:
+                        entered.add(key[:skip])
+                    if len(key) - skip == CHUNK:
+                        if len(raw) != longkeys.NODE_ID_BYTES or raw in linked:
+                            raise self._corrupt(key, "a link to a node that is not one's own")
+                        linked.add(raw)
+                        continue
+                    try:
+                        records.unpack(raw)
+                    except Corrupt as error:
+                        raise self._corrupt(key, f"the record does not decode ({error})") from error
+                    keys += 1
+                    value_bytes += len(raw)
+        if linked != entered:
+            node = min(linked ^ entered)
+            cause = "a link without its node" if node in linked else "a node without a link"
+            raise self._corrupt(node, cause)
+        if linked and int.from_bytes(max(linked), "big") > longkeys.last_node(txn, self._databases.meta):
+            raise self._corrupt(max(linked), "a node newer than the newest one")
+        applied = int.from_bytes(txn.get(_APPLIED_KEY, b"", db=self._databases.meta), "big")
+        return Summary(applied, keys, value_bytes, len(linked))
+
+    def _corrupt(self, key: bytes, cause: str) -> Corrupt:
+        return Corrupt(os.path.join(self._path, "data.mdb"), 0, f"key {key[:80].hex()}: {cause}", _ADVICE)
+
+    def close(self) -> None:
+        """Ends reads; does not sync. The applier's thread must be done. Idempotent."""
+        self._txn.abort()
+        self._generation += 1
+        self._env.close()
+
+
+def _translated(error: lmdb.Error, path: str) -> Exception:
+    """LMDB's error as one of ours."""
+    code = getattr(error, "code", 0)
+    if isinstance(error, lmdb.MapFullError) or code in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace(f"{path}: {error}")
+    if isinstance(error, (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError,
+                          lmdb.VersionMismatchError)):  # fmt: skip
+        return Corrupt(os.path.join(path, "data.mdb"), 0, str(error), _ADVICE)
+    if isinstance(error, (lmdb.PanicError, lmdb.DiskError)) or code == errno.EIO:
+        return SyncFailed(f"{path}: {error}")
+    return StorageError(f"{path}: {error}")
+
+
+def _sync_directory(path: str) -> None:
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

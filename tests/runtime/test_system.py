@@ -1,0 +1,22 @@
+"""The machine's clock and entropy keep the promises of `seams`."""
+
+import time
+
+from aspenfs.runtime.system import SystemClock, SystemEntropy
+
+
+def test_monotonic_clock_never_goes_back_and_counts_suspend() -> None:
+    clock = SystemClock()
+    readings = [clock.monotonic_ns() for _ in range(1000)]
+    assert readings == sorted(readings)
+    assert abs(clock.monotonic_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)) < 10**9
+
+
+def test_wall_clock_is_the_time_of_day_in_ns() -> None:
+    assert abs(SystemClock().time_ns() - time.time_ns()) < 10**9
+
+
+def test_entropy_has_the_size_asked_for_and_does_not_repeat() -> None:
+    entropy = SystemEntropy()
+    assert [len(entropy.random_bytes(size)) for size in (0, 1, 16, 4096)] == [0, 1, 16, 4096]
+    assert entropy.random_bytes(16) != entropy.random_bytes(16)
