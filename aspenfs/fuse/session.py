@@ -1,0 +1,71 @@
+"""One FUSE session: mounting, serving, and ending without leaving a dead mountpoint behind."""
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Final
+
+import pyfuse3
+import trio
+
+from aspenfs import errors
+from aspenfs.fuse import loop, mounts
+from aspenfs.fuse.operations import Operations
+
+log = logging.getLogger(__name__)
+
+READ_AHEAD_KIB: Final = 1024  # one READ per MiB instead of eight (reference measurement: +30 %)
+
+
+class MountFailed(errors.AspenError):
+    """libfuse refused; its own message is on stderr."""
+
+    errno = 5
+
+
+async def serve(
+    operations: Operations,
+    mountpoint: str,
+    options: set[str],
+    *,
+    spin_us: int,
+    ready: Callable[[], None],
+    stop: trio.Event,
+) -> None:
+    """Mounts at `mountpoint`, serves until unmounted or `stop`; not mounted any more when it returns.
+
+    `options` are libfuse's. `ready` is called once the kernel's first question has been answered.
+    """
+    hooked = loop.install(spin_us=spin_us)
+    try:
+        pyfuse3.init(operations, mountpoint, options)
+    except RuntimeError as error:
+        raise MountFailed(f"cannot mount at {mountpoint}: {error}") from error
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_announce, mountpoint, ready)
+            nursery.start_soon(_terminate_on, stop)
+            log.info("serving mountpoint=%s hook=%s workers=%d", mountpoint, hooked, loop.WORKERS)
+            await pyfuse3.main(min_tasks=loop.WORKERS, max_tasks=loop.WORKERS)
+            nursery.cancel_scope.cancel()
+    finally:
+        # Also when unmounted from outside: then it only cleans up.
+        pyfuse3.close(unmount=True)
+
+
+async def _terminate_on(stop: trio.Event) -> None:
+    await stop.wait()
+    pyfuse3.terminate()
+
+
+async def _announce(mountpoint: str, ready: Callable[[], None]) -> None:
+    """Asks the mount a question through the kernel, in a thread; then tells that it answers."""
+    await trio.to_thread.run_sync(os.statvfs, mountpoint, abandon_on_cancel=True)
+    if os.geteuid() == 0:
+        try:
+            await trio.to_thread.run_sync(
+                mounts.set_read_ahead, mountpoint, READ_AHEAD_KIB, abandon_on_cancel=True
+            )
+        except OSError as error:
+            log.info("read-ahead stays as it is: %s", error)
+    ready()
