@@ -20,6 +20,11 @@ INLINE_WRITE_BYTES_MAX = 16 * KIB  # larger writes go to blobs (measured thresho
 INLINE_EXTENT_BYTES_MAX = 64 * KIB  # an extent grown by small appends becomes a blob at this size
 CHUNK_BYTES_MAX = 1 * MIB  # one blob; also FUSE's max_write
 
+# --- chunk store ---
+BLOB_SEGMENT_BYTES = 64 * MIB  # the unit of collection; more files below it, longer copying above
+BLOB_CACHE_BYTES = 32 * MIB  # verified chunks in memory: some 30 sequential readers
+BLOB_OPEN_FILES_MAX = 64  # handles of sealed segments kept open
+
 # --- log and state ---
 WAL_SEGMENT_BYTES = 64 * MIB
 WAL_FRAME_BYTES_MAX = 4 * MIB
@@ -27,6 +32,14 @@ OVERLAY_BYTES_MAX = 64 * MIB  # accepted but not yet applied; beyond it writers 
 SYNC_INTERVAL_MS = 250  # accepted work that nobody waits for is fsynced this often
 HISTORY_REVISIONS = 10_000  # revisions of user keys kept readable before compaction
 WATCH_BUFFER_BATCHES = 1_024  # per watcher; beyond it the watcher gets Lagged
+WATCH_BUFFER_BYTES = 16 * MIB  # of keys and values, per watcher, and for the ring of recent batches
+COMPACT_REVISIONS_MAX = 1_000  # revisions that one log entry forgets: apply stays short
+TXN_DELETED_KEYS_MAX = 10_000  # keys that the range deletions of one transaction may remove
+DEDUP_REVISIONS = 100_000  # log entries for which a client's last result is kept
+DEDUP_RESULT_BYTES_MAX = 64 * KIB  # what is kept of it; a larger one is refused
+LEASE_TTL_MS_MAX = 10 * 365 * 86_400_000  # ten years; with the time it fits 63 bits of ns
+ATTRIBUTES_MAX = 64  # per record
+ATTRIBUTE_BYTES_MAX = 4 * KIB  # one value
 INODE_BLOCK = 4_096  # inode ids a host reserves at a time
 
 # --- control socket ---
@@ -45,3 +58,4 @@ assert INLINE_WRITE_BYTES_MAX <= INLINE_EXTENT_BYTES_MAX <= CHUNK_BYTES_MAX < TX
 assert CONTROL_PAGE_BYTES + 2 * VALUE_BYTES_MAX < CONTROL_FRAME_BYTES_MAX  # a page may end in a largest value
 assert TXN_BYTES_MAX * 2 < CONTROL_FRAME_BYTES_MAX
 assert max(CONTROL_PAGE_KEYS, TXN_OPS_MAX) <= CONTROL_ITEMS_MAX
+assert CHUNK_BYTES_MAX < BLOB_SEGMENT_BYTES < 1 << 32
