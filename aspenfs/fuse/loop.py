@@ -1,0 +1,180 @@
+"""The hook that lets pyfuse3 serve request after request without a trip through trio's scheduler.
+
+Stock pyfuse3 spends most of its time per request in handing the reading of /dev/fuse from one trio task
+to the next. It looks the name `trio` up in its own module at each use, so an object that stands in for
+the module can do better: `docs/adr/0003-fuse-event-loop-hook.md`. Here are that object and its
+installation. Whose turn it is to read is `turns.py`; waiting in trio's place is `idle.py`.
+
+While a session runs, `trio.testing.wait_all_tasks_blocked` does not return, because the holder of the
+turn does the idle waiting.
+"""
+
+import importlib.metadata
+import logging
+import socket
+import threading
+from typing import Any, Final
+
+import pyfuse3
+import trio
+
+from aspenfs.fuse.idle import SPIN_US
+from aspenfs.fuse.turns import ReadLock, Session, SessionNursery
+
+logger = logging.getLogger(__name__)
+
+PINNED: Final = {"pyfuse3": "3.5.", "trio": "0.35."}  # the series whose insides this was written against
+WORKERS: Final = 256  # requests inside handlers at once; give it to pyfuse3.main as min_tasks and max_tasks
+
+
+class Hook:
+    """Stands in for the `trio` module inside pyfuse3, and for `trio.lowlevel` as well.
+
+    Names that are not here come from trio. `session` is that of the running, or the last, `pyfuse3.main`.
+    """
+
+    ClosedResourceError = trio.ClosedResourceError
+
+    def __init__(self, spin_us: int = SPIN_US) -> None:
+        self.spin_us = spin_us
+        self.lowlevel = self
+        self.current_task = trio.lowlevel.current_task
+        self.current_trio_token = trio.lowlevel.current_trio_token
+        self.session: Session | None = None
+
+    def open_nursery(self) -> SessionNursery:
+        """pyfuse3 calls it once for each run of `main`: a session begins."""
+        self.session = session = Session(self.spin_us)
+        # Bound once per session: one attribute look-up less for each request.
+        self.wait_readable = session.wait_readable
+        self.notify_closing = session.notify_closing
+        return SessionNursery(session)
+
+    def Lock(self) -> ReadLock:
+        assert self.session is not None
+        return ReadLock(self.session)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(trio if hasattr(trio, name) else trio.lowlevel, name)
+
+
+# --- installing ---
+
+_hook: Hook | None = None
+
+
+def install(*, spin_us: int = SPIN_US) -> bool:
+    """Puts the hook into pyfuse3, and says whether it is active; if not, the log says why.
+
+    To be called before `pyfuse3.main`, then `pyfuse3.main(min_tasks=WORKERS, max_tasks=WORKERS)`; that
+    call is also right without the hook. `spin_us` = 0 turns spinning off. Takes some 10 ms for a test
+    of the hook against the trio at hand. A second call only changes `spin_us` for the next session.
+    """
+    global _hook
+    if _hook is not None:
+        _hook.spin_us = spin_us
+        return True
+    cause = _wrong_version() or _wrong_pyfuse3() or self_test()
+    if cause is not None:
+        logger.warning("fuse event-loop hook is off, requests cost about five times more: cause=%s", cause)
+        return False
+    _hook = Hook(spin_us)
+    vars(pyfuse3)["trio"] = _hook
+    logger.info("fuse event-loop hook is on: spin_us=%d", spin_us)
+    return True
+
+
+def uninstall() -> None:
+    """Gives pyfuse3 its trio back; not to be called while `pyfuse3.main` runs."""
+    global _hook
+    _hook = None
+    vars(pyfuse3)["trio"] = trio
+
+
+def active() -> Hook | None:
+    """The installed hook, for its counters."""
+    return _hook
+
+
+def _wrong_version() -> str | None:
+    for package, series in PINNED.items():
+        version = importlib.metadata.version(package)
+        if not version.startswith(series):
+            return f"{package} {version} instead of {series}x"
+    return None
+
+
+def _wrong_pyfuse3() -> str | None:
+    if vars(pyfuse3).get("trio") is not trio:
+        return "pyfuse3 does not use trio (asyncio mode, or another hook)"
+    if not {"_session_loop", "_wait_fuse_readable"} <= vars(pyfuse3).keys():
+        return "pyfuse3 has another main loop"
+    return None
+
+
+def self_test() -> str | None:
+    """Runs the hook in a thread's own trio loop, a socket in the place of /dev/fuse; None if all is well.
+
+    Tried: a hand-over while a handler is suspended, a timer and a wake-up from another thread while the
+    holder blocks, and the end of a session.
+    """
+    outcome: list[str | None] = ["it did not end within 5 s"]
+    ours, theirs = socket.socketpair()
+
+    def run() -> None:
+        try:
+            trio.run(_exercise, ours, theirs)
+            outcome[0] = None
+        except BaseException as error:  # noqa: BLE001 – whatever it is, the hook must not be used
+            outcome[0] = f"self-test: {error!r}"
+
+    thread = threading.Thread(target=run, name="fuse-loop-self-test", daemon=True)
+    thread.start()
+    thread.join(5.0)
+    if not thread.is_alive():
+        ours.close()
+        theirs.close()
+    return outcome[0]
+
+
+async def _exercise(ours: socket.socket, theirs: socket.socket) -> None:
+    hook = Hook(0)
+    woken, released, finished, ended = trio.Event(), trio.Event(), trio.Event(), trio.Event()
+    served: list[bytes] = []
+    lock: list[ReadLock] = []
+
+    async def session_loop(nursery: SessionNursery) -> None:  # shaped like pyfuse3's
+        if not lock:
+            lock.append(hook.Lock())
+        while not ended.is_set():
+            try:
+                async with lock[0]:
+                    if ended.is_set():
+                        return
+                    await hook.wait_readable(ours.fileno())
+            except trio.ClosedResourceError:
+                return
+            request = ours.recv(1)
+            nursery.start_soon(session_loop, nursery)
+            if request == b"w":
+                await released.wait()
+            elif request == b"r":
+                released.set()
+            served.append(request)
+            if len(served) == 4:
+                finished.set()
+
+    with trio.fail_after(3.0):
+        token = trio.lowlevel.current_trio_token()
+        async with hook.open_nursery() as nursery:
+            assert hook.session is not None
+            assert hook.session.direct, hook.session.cause
+            nursery.start_soon(session_loop, nursery)
+            await trio.sleep(0.001)
+            threading.Timer(0.001, token.run_sync_soon, (woken.set,)).start()
+            await woken.wait()
+            theirs.send(b"1wr1")
+            await finished.wait()
+            ended.set()
+            hook.notify_closing(ours.fileno())
+    assert sorted(served) == [b"1", b"1", b"r", b"w"], served
