@@ -52,6 +52,10 @@ CONTROL_PAGE_KEYS = 512  # records in one page; the loop serves others between p
 CONTROL_PAGE_BYTES = 256 * KIB  # a page is closed once it holds this much
 CONTROL_DELETE_KEYS = 1_024  # keys that one step of a deletion by prefix removes at the most
 
+# --- the kernel's side ---
+REQUESTS_IN_FLIGHT_MAX = 256  # handlers at work at once; further requests wait in the kernel
+NOTIFY_PENDING_MAX = 65_536  # invalidations not yet told; beyond it every known inode is told instead
+
 assert VALUE_BYTES_MAX < TXN_BYTES_MAX < WAL_FRAME_BYTES_MAX < WAL_SEGMENT_BYTES
 assert KEY_BYTES_MAX * 2 + 32 < STORE_KEY_BYTES_MAX
 assert INLINE_WRITE_BYTES_MAX <= INLINE_EXTENT_BYTES_MAX <= CHUNK_BYTES_MAX < TXN_BYTES_MAX

@@ -18,13 +18,15 @@ from typing import Any, Final
 import pyfuse3
 import trio
 
-from aspenfs.fuse.idle import SPIN_US
+from aspenfs import limits
+from aspenfs.fuse import idle
 from aspenfs.fuse.turns import ReadLock, Session, SessionNursery
 
 logger = logging.getLogger(__name__)
 
 PINNED: Final = {"pyfuse3": "3.5.", "trio": "0.35."}  # the series whose insides this was written against
-WORKERS: Final = 256  # requests inside handlers at once; give it to pyfuse3.main as min_tasks and max_tasks
+WORKERS: Final = limits.REQUESTS_IN_FLIGHT_MAX  # for pyfuse3.main, as min_tasks and as max_tasks
+SPIN_US: Final = idle.SPIN_US
 
 
 class Hook:
@@ -125,7 +127,7 @@ def self_test() -> str | None:
         try:
             trio.run(_exercise, ours, theirs)
             outcome[0] = None
-        except BaseException as error:  # noqa: BLE001 – whatever it is, the hook must not be used
+        except BaseException as error:  # whatever it is: do not use the hook
             outcome[0] = f"self-test: {error!r}"
 
     thread = threading.Thread(target=run, name="fuse-loop-self-test", daemon=True)

@@ -131,7 +131,7 @@ class Session:
             try:
                 argument = yield trap
                 step = coroutine.send
-            except BaseException as error:  # noqa: BLE001 – forwarded into the worker, like `yield from`
+            except BaseException as error:  # goes into the worker, like in `yield from`
                 argument = error
                 step = coroutine.throw
 
