@@ -28,6 +28,7 @@ it is logged with its traceback and answered with EIO.
     └── StorageError        EIO
         ├── Corrupt         EIO     (names file, offset, and what to do)
         ├── SyncFailed      EIO     (fatal for the process)
+        ├── Lost            EIO     (accepted work that never became durable)
         └── Closed          ESHUTDOWN
 """
 
@@ -170,6 +171,10 @@ class Lagged(StoreError):
 
     errno = _errno.EOVERFLOW
 
+    def __init__(self, message: str = "the watcher was too slow", revision: int = 0) -> None:
+        super().__init__(message)
+        self.revision = revision
+
 
 class Compacted(StoreError):
     """The revision asked for is gone; `oldest` is the oldest one that is left."""
@@ -219,6 +224,12 @@ class Corrupt(StorageError):
 
 class SyncFailed(StorageError):
     """fsync failed: the kernel may have dropped the pages, so the process must end (no retry)."""
+
+    errno = _errno.EIO
+
+
+class Lost(StorageError):
+    """Accepted work was lost before it was durable, with the leader that had accepted it."""
 
     errno = _errno.EIO
 
