@@ -254,10 +254,12 @@ _VALUES: dict[str, tuple[str, Callable[[str, str], object]]] = {
 }
 
 # Meant for mount(8), fstab(5) and systemd, which hand some of them on to us; or always so.
-_DROPPED = frozenset(
-    ("_netdev", "nofail", "user", "users", "nouser", "owner", "noowner", "group", "nogroup", "noauto", "auto")
-    + ("defaults", "comment", "default_permissions")
-)
+# fmt: off
+_DROPPED = frozenset({
+    "_netdev", "nofail", "user", "users", "nouser", "owner", "noowner", "group", "nogroup", "noauto", "auto",
+    "defaults", "comment", "default_permissions",
+})
+# fmt: on
 
 _REFUSED = {
     "remount": "a mount cannot be changed while it is there; umount it and mount it again",
