@@ -236,8 +236,8 @@ class Client:
                 return
             except (errors.Unreachable, _Lost):
                 if deadline is not None and time.monotonic() + pause > deadline:
-                    raise errors.Unreachable("the daemon went away before it answered; a change that was asked "
-                                             "for may or may not have been made") from None
+                    raise errors.Unreachable("the daemon went away before it answered; what was asked for "
+                                             "may or may not have been done") from None
             time.sleep(pause)
             pause = min(pause * 2, _PAUSE_SECONDS_MAX)
 

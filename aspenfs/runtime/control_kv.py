@@ -10,6 +10,7 @@ others get their turn.
 
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
+from itertools import chain
 from typing import Any, TypeVar
 
 from aspenfs import errors
@@ -242,8 +243,10 @@ class _Keys:
         params = call.params
         compares = _several(params, "compares", _compare)
         then, else_ = _several(params, "then", _operation), _several(params, "else", _operation)
+        # What only reads is not remembered: it may be repeated, and its result may be large.
+        writes = any(operation[0] not in (types.GET, types.RANGE) for operation in chain(then, else_))
         result = await self._store.txn(compares, self._stamped(then), self._stamped(else_),
-                                       dedup=_dedup(call))
+                                       dedup=_dedup(call) if writes else None)
         call.accepted()
         await self._store.committed(result.revision)
         operations = then if result.succeeded else else_
