@@ -102,8 +102,8 @@ class Check:
     def _reachable(self) -> Iterator[Problem]:
         """Every inode has a name, every chain of parents ends at the root."""
         orphans = {int.from_bytes(key[3:11], "big") for key, _ in self._rows(layout.ORPHAN_PREFIX)}
-        for node in sorted(orphans - self.nodes.keys()):
-            yield Problem(f"orphan {node}", "its inode is not there", [delete(orphan_key(node))])
+        for gone in sorted(orphans - self.nodes.keys()):
+            yield Problem(f"orphan {gone}", "its inode is not there", [delete(orphan_key(gone))])
         rooted = {layout.ROOT}
         for identifier, node in self.nodes.items():
             if identifier == layout.ROOT or identifier in orphans:

@@ -13,7 +13,11 @@
 """
 
 import struct
+from collections.abc import Iterator
 from typing import Final, NamedTuple
+
+from aspenfs.kv.commands import TXN, Command
+from aspenfs.kv.types import PUT
 
 ROOT: Final = 1
 FIRST_ID: Final = 16  # ids below are reserved
@@ -116,3 +120,14 @@ def pack_extent(extent: Extent) -> bytes:
     if extent.data is not None:
         return b"\0" + extent.data
     return BLOB_EXTENT.pack(EXTENT_BLOB, extent.length, extent.start, extent.digest)
+
+
+def named_digests(command: Command) -> Iterator[bytes]:
+    """The blobs that a logged transaction names: they must be there when it is replayed."""
+    if command.kind == TXN:
+        for operations in command.body[1:3]:
+            for operation in operations:
+                if operation[0] == PUT and operation[1].startswith(EXTENT_PREFIX):
+                    value = operation[2]
+                    if value[0] == EXTENT_BLOB:
+                        yield BLOB_EXTENT.unpack(value)[3]

@@ -10,6 +10,7 @@ import trio
 
 from aspenfs import errors
 from aspenfs.fuse import loop, mounts
+from aspenfs.fuse.notifier import Notifier
 from aspenfs.fuse.operations import Operations
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ async def serve(
     options: set[str],
     *,
     spin_us: int,
+    notifier: Notifier,
     ready: Callable[[], None],
     stop: trio.Event,
 ) -> None:
@@ -42,6 +44,7 @@ async def serve(
     except RuntimeError as error:
         raise MountFailed(f"cannot mount at {mountpoint}: {error}") from error
     try:
+        notifier.start()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_announce, mountpoint, ready)
             nursery.start_soon(_terminate_on, stop)
@@ -49,6 +52,12 @@ async def serve(
             await pyfuse3.main(min_tasks=loop.WORKERS, max_tasks=loop.WORKERS)
             nursery.cancel_scope.cancel()
     finally:
+        if not notifier.stop():
+            # Its thread waits in the kernel for an answer that will not come any more, inside the
+            # session: leave that to the end of the process, which ends the connection too.
+            log.warning("the notifier still waits for the kernel")
+            mounts.detach(mountpoint)
+            return
         # Also when unmounted from outside: then it only cleans up.
         pyfuse3.close(unmount=True)
 

@@ -1,0 +1,253 @@
+"""The daemon: opens a node's state, puts the floors together, serves the mount until told to stop.
+
+Belongs here: construction, in one place, and the order of start and end. Started by `mount.aspen`
+(options in ASPEN_MOUNT_OPTIONS, progress on the pipe in ASPEN_READY_FD) or by systemd in the foreground.
+"""
+
+import gc
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Final
+
+import trio
+
+from aspenfs import errors
+from aspenfs.blobs.store import BlobStore
+from aspenfs.cli.lock import StateLock
+from aspenfs.cli.options import MountOptions
+from aspenfs.cli.paths import StateDirectory, state_directory
+from aspenfs.cli.ready import OPTIONS_VARIABLE, ready_fd, report, sd_notify
+from aspenfs.filesystem.layout import named_digests
+from aspenfs.filesystem.volume import Volume
+from aspenfs.fuse.loop import SPIN_US
+from aspenfs.fuse.notifier import Notifier
+from aspenfs.fuse.operations import Operations, Presentation
+from aspenfs.fuse.session import serve
+from aspenfs.kv.commands import Command
+from aspenfs.kv.types import Event
+from aspenfs.runtime.control import ControlServer
+from aspenfs.runtime.disk import RealDisk
+from aspenfs.runtime.host import NodeStore
+from aspenfs.runtime.system import SystemClock, SystemEntropy
+from aspenfs.vfs.filesystem import FileSystem
+from aspenfs.vfs.tree import Tree, Usage
+from aspenfs.views.cluster import ClusterTree
+from aspenfs.views.files import FilesTree
+from aspenfs.views.kv import KVTree
+
+log = logging.getLogger(__name__)
+
+EXIT_OK: Final = 0
+EXIT_SYSTEM: Final = 2
+EXIT_MOUNT: Final = 32
+HOUSEKEEPING_S: Final = 2.0  # access times are written and garbage is collected this often
+SWITCH_INTERVAL_S: Final = 0.0005  # the applier's turns at the interpreter are short: requests come first
+
+
+class Node:
+    """Everything of one mounted node. Made inside the trio loop that serves it."""
+
+    def __init__(self, options: MountOptions, directory: StateDirectory) -> None:
+        self.options, self.directory = options, directory
+        self.clock = SystemClock()
+        disk = RealDisk(str(directory.path))
+        self.blobs = BlobStore.open(disk)
+        self.store = NodeStore.open(
+            directory.path,
+            disk,
+            self.clock,
+            SystemEntropy(),
+            name=options.name,
+            pre_sync=[self._sync_blobs],
+            verify_entry=self._names_only_blobs_that_are_there,
+        )
+        self.volume = Volume(self.store, self.blobs, self.clock)
+        self.files = FilesTree(self.volume, self._usage, atime=options.atime != "noatime")
+        self.kv = KVTree(self.store, self.clock)
+        self.cluster = ClusterTree(self.status, self.clock)
+        self.trees: Sequence[Tree] = (self.files, self.kv, self.cluster)
+        self.filesystem = FileSystem(self.trees, self.clock.time_ns())
+        self.notifier = Notifier(lambda: list(self.filesystem.known))
+        self.stop = trio.Event()
+        if options.consistency == "strict":
+            for tree in self.trees:
+                tree.attr_timeout_s = tree.entry_timeout_s = tree.negative_timeout_s = 0.0
+
+    # --- ports that the floors below are given ---
+
+    def _sync_blobs(self) -> None:
+        """In the sync thread, before the log: what an entry names must be durable before the entry."""
+        if self.blobs.dirty:
+            self.blobs.sync()
+
+    def _names_only_blobs_that_are_there(self, command: Command) -> bool:
+        return all(map(self.blobs.has, named_digests(command)))
+
+    def _usage(self) -> Usage:
+        disk = os.statvfs(self.directory.path)
+        return Usage(disk.f_frsize, disk.f_blocks, disk.f_bavail, 0, 0)
+
+    def status(self) -> Mapping[str, Any]:
+        """What cluster/ and `aspen status` show."""
+        blobs = self.blobs.stats()
+        fs = self.filesystem
+        notifier = self.notifier.statistics()
+        return {
+            **self.store.status(),
+            "name": self.options.name,
+            "pid": os.getpid(),
+            "mountpoint": self.options.mountpoint,
+            "state_directory": str(self.directory.path),
+            "inodes": self.volume.inode_count(),
+            "inodes_known": len(fs.known),
+            "handles": len(fs.handles),
+            "blob_chunks": blobs.chunks,
+            "blob_bytes": blobs.live_bytes,
+            "blob_segments": blobs.segments,
+            "invalidations_told": notifier.told,
+            "invalidations_pending": notifier.pending,
+        }
+
+    # --- coherence ---
+
+    def observe(self, revision: int, events: Sequence[Event], origin: object) -> None:
+        """A change that did not come through this mount makes the kernel's caches stale."""
+        if origin is self.volume or origin is self.kv:
+            return
+        notifier = self.notifier
+        for event in events:
+            for inode, data, parent, name in self.filesystem.stale(event):
+                if inode is not None and inode in self.filesystem.known:
+                    notifier.touch(inode, data)
+                if parent is not None:
+                    notifier.entry(parent, name)
+
+    # --- life ---
+
+    async def run(self, ready: Callable[[], None]) -> None:
+        """Serves until unmounted, stopped by a signal, or the store fails."""
+        options = self.options
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self.store.run)
+                await self.volume.format(uid=os.geteuid(), gid=os.getegid())
+                reaped = await self.files.recover()
+                log.info("state is open revision=%d orphans=%d", self.store.revision, reaped)
+                if options.subtree != "/":
+                    await self.filesystem.use_subtree(os.fsencode(options.subtree))
+                self.store.observe(self.observe)
+                control = ControlServer(self.store, self.status, {}, clock=self.clock)
+                await nursery.start(partial(control.serve, str(self.directory.control_socket)))
+                nursery.start_soon(self._housekeeping)
+                nursery.start_soon(self._signals)
+                gc.collect()
+                gc.freeze()
+                await serve(
+                    Operations(self.filesystem, self._presentation()),
+                    options.mountpoint,
+                    options.fuse_options(),
+                    spin_us=SPIN_US if options.spin_us is None else options.spin_us,
+                    notifier=self.notifier,
+                    ready=ready,
+                    stop=self.stop,
+                )
+                sd_notify("STOPPING=1")
+                while await self.files.reap():
+                    pass
+                await self.files.sync()
+                nursery.cancel_scope.cancel()
+        finally:
+            self.store.close()
+            self.blobs.close()
+
+    def _presentation(self) -> Presentation:
+        options = self.options
+        return Presentation(
+            options.uid, options.gid, options.umask or 0, options.attr_timeout_s, options.entry_timeout_s, options.sync
+        )
+
+    async def _signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+            async for number in received:
+                log.info("stopping signal=%s", signal.Signals(number).name)
+                self.stop.set()
+
+    async def _housekeeping(self) -> None:
+        """Small regular work: access times, orphans, blobs that nothing names any more."""
+        last_atimes = trio.current_time()
+        while True:
+            await trio.sleep(0.05 if self.files.doomed else 0.5)
+            try:
+                await self.files.reap()
+                if trio.current_time() - last_atimes < HOUSEKEEPING_S:
+                    continue
+                last_atimes = trio.current_time()
+                await self.files.flush_atimes()
+                if self.volume.unreferenced:
+                    await self.files.content.collect()
+                    await self._compact_blobs()
+            except errors.NoSpace as error:
+                log.warning("housekeeping waits for space: %s", error)
+                await trio.sleep(HOUSEKEEPING_S)
+
+    async def _compact_blobs(self) -> None:
+        """Gives back the space of deleted blobs, a bounded step at a time."""
+        for step in self.blobs.collect():
+            if step.needs_sync:
+                await trio.to_thread.run_sync(self.blobs.sync)
+            await trio.lowlevel.checkpoint()
+
+
+def main() -> int:
+    """Runs the daemon; the exit code of mount(8)."""
+    options = MountOptions.from_json(os.environ[OPTIONS_VARIABLE])
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=options.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+    )
+    channel: int | None = ready_fd(os.environ)
+    reported = False
+
+    def ready() -> None:
+        nonlocal reported
+        reported = True
+        report(channel, {"ready": True})
+
+    def failed(error: BaseException, code: int) -> int:
+        log.error("%s", error)
+        if not reported:
+            report(channel, {"error": str(error), "exit": code})
+        return code
+
+    directory = state_directory(os.environ, os.geteuid(), options.state_dir)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    os.umask(0o077)
+    try:
+        with StateLock.acquire(directory):
+            trio.run(_run, options, directory, ready)
+    except (errors.AspenError, OSError, BaseExceptionGroup) as error:
+        cause = _first(error)
+        if not isinstance(cause, errors.AspenError | OSError):
+            log.exception("the daemon ends because of a bug")
+        return failed(cause, EXIT_MOUNT if isinstance(cause, errors.AspenError) else EXIT_SYSTEM)
+    return EXIT_OK
+
+
+async def _run(options: MountOptions, directory: StateDirectory, ready: Callable[[], None]) -> None:
+    await Node(options, directory).run(ready)
+
+
+def _first(error: BaseException) -> BaseException:
+    """The first error in a group of groups: the one to tell a person about."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
