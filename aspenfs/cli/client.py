@@ -35,6 +35,12 @@ class Record(NamedTuple):
     lease: int
     attributes: dict[str, Any]
 
+    @property
+    def mtime_ns(self) -> int | None:
+        """When the key was last written, ns since the epoch, if the writer said so."""
+        mtime = self.attributes.get("mtime")
+        return mtime if isinstance(mtime, int) else None
+
 
 class Event(NamedTuple):
     key: bytes

@@ -24,9 +24,11 @@ from aspenfs.cli.output import (
     failures,
     flush,
     json_bytes,
+    local_time,
     print_bytes,
     print_json,
     shown,
+    utc,
 )
 from aspenfs.kv.types import prefix_end
 from aspenfs.limits import CONTROL_DELETE_KEYS, TXN_OPS_MAX, VALUE_BYTES_MAX
@@ -119,8 +121,11 @@ def record_json(record: Record) -> dict[str, Any]:
         body |= json_bytes("value", record.value)
     if record.size is not None:
         body["size"] = record.size
-    return body | {"create_revision": record.create_revision, "mod_revision": record.mod_revision,
-                   "version": record.version, "lease": record.lease}
+    body |= {"create_revision": record.create_revision, "mod_revision": record.mod_revision,
+             "version": record.version, "lease": record.lease}
+    if record.mtime_ns is not None:
+        body["mtime"] = utc(record.mtime_ns)
+    return body
 
 
 @click.command(epilog="""\b
@@ -220,7 +225,7 @@ def delete(settings: Settings, keys: tuple[str, ...], prefix: bool, force: bool,
                 count = 0
                 while True:
                     result = client.write("kv.delete_range", start=name, end=prefix_end(name)).result
-                    count += result["deleted"] or 0
+                    count += result["deleted"]
                     if not result["more"]:
                         break
                 deleted += count
@@ -363,10 +368,11 @@ def _each(listing: Any, show: Callable[[Record], None]) -> dict[str, Any]:
             shown_since_flush = 0
 
 
-_LONG = "{:>10}  {:>7}  {:>20}  {:>8}  {}\n"
-_LONG_HEADER = _LONG.format("REVISION", "VERSION", "LEASE", "SIZE", "KEY").encode()
+_LONG = "{:>10}  {:>7}  {:>15}  {:>8}  {:19}  {}\n"
+_LONG_HEADER = _LONG.format("REVISION", "VERSION", "LEASE", "SIZE", "WRITTEN", "KEY").encode()
 
 
 def _long(record: Record) -> bytes:
-    return _LONG.format(record.mod_revision, record.version, record.lease or "-", record.size,
+    written = "-" if record.mtime_ns is None else local_time(record.mtime_ns)
+    return _LONG.format(record.mod_revision, record.version, record.lease or "-", record.size, written,
                         shown(record.key)).encode()

@@ -136,8 +136,8 @@ def _compare(words: Sequence[str]) -> Body:
         case ["mod" | "create" | "version" as target, key, operator, number]:
             return {"target": target, "key": os.fsencode(key), "operator": operator,
                     "operand": int(number)}
-    raise ValueError("after \"if\": exists KEY, absent KEY, empty PREFIX, value KEY = VALUE, or mod, create or "
-                     "version KEY = NUMBER")
+    raise ValueError('after "if": exists KEY, absent KEY, empty PREFIX, value KEY = VALUE, or mod, create or '
+                     'version KEY = NUMBER')
 
 
 def _operation(words: Sequence[str]) -> Body:
@@ -156,7 +156,7 @@ def _operation(words: Sequence[str]) -> Body:
             return {"op": "range", **_prefix(os.fsencode(prefix))}
         case ["ls", prefix, limit]:
             return {"op": "range", **_prefix(os.fsencode(prefix)), "limit": int(limit)}
-    raise ValueError("after \"then\" or \"else\": put KEY VALUE [LEASE], append KEY VALUE, delete KEY, "
+    raise ValueError("after 'then' or 'else': put KEY VALUE [LEASE], append KEY VALUE, delete KEY, "
                      "delete-prefix PREFIX, get KEY, or ls PREFIX [LIMIT]")
 
 

@@ -64,8 +64,8 @@ def watch(settings: Settings, prefix: str, exact: bool, from_revision: int, as_j
                 seen = revision
                 flush()
         except Compacted as error:
-            raise Failure(f"what changed after revision {max(seen, 0)} is compacted; the oldest revision left "
-                          f"is {error.oldest}",
+            raise Failure(f"what changed after revision {max(seen, 0)} is compacted; "
+                          f"the oldest revision left is {error.oldest}",
                           advice="list the keys (`aspen kv ls`) and watch anew: changes were missed",
                           name="Compacted") from None
 

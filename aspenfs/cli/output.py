@@ -7,6 +7,7 @@ import base64
 import json
 import os
 import sys
+import time
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import IO, Any, Final
@@ -39,7 +40,7 @@ _ADVICE: Mapping[type[errors.AspenError], str] = {
     errors.NoSpace: "free some space where the state directory is; writes work again at once",
     errors.TxnTooLarge: "make several smaller transactions of it",
     errors.Overloaded: "try again in a moment",
-    errors.NotSupported: "after an upgrade, restart the daemon, so that it and the command are of one release",
+    errors.NotSupported: "after an upgrade, restart the daemon: it and the command must be of one release",
     errors.RemoteFailure: "`aspen status` names the log",
 }
 
@@ -111,6 +112,17 @@ def from_json_bytes(body: Mapping[str, Any], name: str) -> bytes:
     if encoding != "utf-8":
         raise ValueError(f'"{name}_encoding" is "base64" or absent')
     return data.encode("utf-8", "surrogateescape")
+
+
+def utc(time_ns: int) -> str:
+    """RFC 3339 with all its digits, in UTC: for programs."""
+    seconds, ns = divmod(time_ns, 1_000_000_000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{ns:09}Z"
+
+
+def local_time(time_ns: int) -> str:
+    """To the second, in the local time zone: for people."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_ns // 1_000_000_000))
 
 
 def to_json(value: Any) -> str:

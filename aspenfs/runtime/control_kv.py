@@ -27,6 +27,7 @@ from aspenfs.limits import (
 )
 from aspenfs.runtime.control_command import Call, Command
 from aspenfs.seams import Clock
+from aspenfs.views.kv_attributes import stamp
 
 KEYSPACE = b"k/"
 KEYSPACE_END = types.prefix_end(KEYSPACE)
@@ -249,17 +250,37 @@ class _Keys:
                                        dedup=_dedup(call) if writes else None)
         call.accepted()
         await self._store.committed(result.revision)
-        operations = then if result.succeeded else else_
         responses = []
-        for number, (operation, response) in enumerate(zip(operations, result.responses, strict=False)):
+        given = iter(result.responses)
+        for number, operation in enumerate(then if result.succeeded else else_):
+            response = next(given)
+            if operation[0] == types.PUT:
+                next(given)  # that of its stamp
             found = _found(operation, response)
             for page in _pages(found):
                 await call.item({"response": number, "records": page})
             responses.append(_summary(operation, response, found))
         return {"revision": result.revision, "succeeded": result.succeeded, "responses": responses}
 
-    def _stamped(self, operations: Sequence[Operation]) -> Sequence[Operation]:
-        return operations
+    def _stamped(self, operations: Sequence[Operation]) -> list[Operation]:
+        """The operations, with the time of the change for who looks at the keys as files.
+
+        `put` alone would keep the attributes of the key as they are, or drop the mode and owner that
+        it has in a mount; so an edit of them follows it.
+        """
+        edit = types.set_attributes(stamp(self._clock.time_ns()))
+        stamped: list[Operation] = []
+        for operation in operations:
+            if operation[0] == types.MERGE:
+                stamped.append(types.merge(operation[1], *operation[2], edit))
+                continue
+            stamped.append(operation)
+            if operation[0] == types.PUT:
+                stamped.append(types.merge(operation[1], edit))
+        if len(stamped) > TXN_OPS_MAX:
+            raise errors.TxnTooLarge(f"{len(stamped)} operations, a put counting as two; the most is "
+                                     f"{TXN_OPS_MAX}")
+        return stamped
 
     async def delete_range(self, call: Call) -> Any:
         """Deletes the first keys of the range, in one transaction: {revision, deleted, more}.
@@ -275,8 +296,7 @@ class _Keys:
         call.accepted()
         await self._store.committed(result.revision)
         more = bool(self._store.range(start, end, limit=1, keys_only=True))
-        deleted = result.responses[0] if result.responses else None
-        return {"revision": result.revision, "deleted": deleted, "more": more}
+        return {"revision": result.revision, "deleted": result.responses[0], "more": more}
 
     async def watch(self, call: Call) -> Any:
         """Items {revision, events, last}: the records as they became, a bare key for a deletion.

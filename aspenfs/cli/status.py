@@ -1,0 +1,165 @@
+"""`aspen status`: is it healthy, and if not, what to do. Answers also when no daemon runs.
+
+Belongs here: what can be told from outside of the daemon (its state directory, its lock, the mount
+table, the disk), and the printing of what the daemon tells about itself. What the daemon may send is
+described in `docs/design/control-socket.md`.
+"""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+from aspenfs import errors
+from aspenfs.cli.aspen import Settings
+from aspenfs.cli.kv import json_option
+from aspenfs.cli.lock import holder_pid
+from aspenfs.cli.output import EXIT_CODES_HELP, EXIT_REFUSED, EXIT_UNREACHABLE, failures, flush, print_json
+from aspenfs.cli.paths import ROOT_STATE_DIR, StateDirectory
+
+_FREE_SHARE_MIN = 0.05  # of the disk under the state directory
+_MOUNT_TYPE = "fuse.aspen"
+
+
+class Problem(NamedTuple):
+    cause: str
+    advice: str
+
+
+@click.command(epilog=f"""\b
+Examples:
+  aspen status
+  aspen status --json | jq .problems
+
+\b
+With --json: {{"running", "healthy", "problems": [{{"cause", "advice"}}], "state_directory", "daemon"}};
+"daemon" is what the daemon tells about itself, null if none runs.
+
+{EXIT_CODES_HELP}
+Here 1 means: it runs, and there is a problem.
+""")
+@json_option
+@click.pass_obj
+def status(settings: Settings, as_json: bool) -> None:
+    """Is it healthy, and if not, what to do."""
+    directory = settings.directory
+    daemon: Mapping[str, Any] | None = None
+    with failures():
+        try:
+            with settings.client() as client:
+                daemon = client.call("status").result
+        except errors.Unreachable as error:
+            problems = [_not_running(directory, str(error))]
+        else:
+            problems = _problems(directory, daemon)
+    if as_json:
+        print_json({"running": daemon is not None, "healthy": not problems,
+                    "problems": [problem._asdict() for problem in problems],
+                    "state_directory": str(directory.path), "daemon": daemon})
+    else:
+        _show(directory, daemon, problems)
+    flush()
+    if problems:
+        sys.exit(EXIT_REFUSED if daemon is not None else EXIT_UNREACHABLE)
+
+
+def _problems(directory: StateDirectory, daemon: Mapping[str, Any]) -> list[Problem]:
+    """What the daemon complains about, and what it cannot see itself."""
+    problems = [Problem(str(one.get("cause")), str(one.get("advice", ""))) for one in daemon.get("problems", [])]
+    mountpoint = daemon.get("mountpoint")
+    if mountpoint and mountpoint not in mounts():
+        problems.append(Problem(
+            f"the daemon runs, but {mountpoint} is not its mount any more",
+            f"end it (kill {daemon.get('pid', 'its pid')}) and mount again"))
+    disk = os.statvfs(directory.path)
+    if disk.f_bavail < disk.f_blocks * _FREE_SHARE_MIN:
+        problems.append(Problem(
+            f"the disk of {directory.path} is nearly full: {_size(disk.f_bavail * disk.f_frsize)} left",
+            "free some space there; when it is full, writes get ENOSPC and nothing that was written is lost"))
+    return problems
+
+
+def _not_running(directory: StateDirectory, cause: str) -> Problem:
+    """Why no daemon answers, as far as its state directory tells."""
+    start = "start one: mount -t aspen NAME MOUNTPOINT"
+    try:
+        os.stat(directory.path)
+    except FileNotFoundError:
+        if os.geteuid() != 0 and ROOT_STATE_DIR.exists() and directory.path != ROOT_STATE_DIR:
+            return Problem(f"no node of yours: {directory.path} does not exist",
+                           f"root's node is in {ROOT_STATE_DIR}: sudo aspen status")
+        return Problem(f"no node here yet: {directory.path} does not exist",
+                       "make one: tools/up MOUNTPOINT, or mount -t aspen NAME MOUNTPOINT")
+    pid = holder_pid(directory)
+    who = "a daemon" if pid is None else f"the daemon with pid {pid}"
+    if _locked(directory.lock):
+        return Problem(f"{who} is at work on {directory.path} but does not answer: {cause}",
+                       f"it may still be starting: try again; else read {directory.log}, then kill it and mount "
+                       "again: what was written is kept")
+    if pid is not None:
+        return Problem(f"no daemon runs: {who} was killed or failed",
+                       f"{directory.log} has its last words; {start}: what was written is kept")
+    stale = ", ".join(mounts())
+    hint = f" (mounted here, if one of them is left over: {stale})" if stale else ""
+    return Problem(f"no daemon runs on {directory.path}{hint}", start)
+
+
+def _locked(path: Path) -> bool:
+    """Whether a daemon holds the lock, from the kernel's table: to try it could hinder one that starts."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return False
+    name = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    return any(name in line.split() for line in Path("/proc/locks").read_text().splitlines())
+
+
+def mounts(table: str = "/proc/self/mountinfo") -> list[str]:
+    """Where aspen is mounted, from the kernel's table, touching no file system; see proc(5)."""
+    found = []
+    for line in Path(table).read_text(errors="surrogateescape").splitlines():
+        fields = line.split(" ")
+        if fields[fields.index("-") + 1] == _MOUNT_TYPE:
+            found.append(fields[4].encode("utf-8", "surrogateescape").decode("unicode_escape")
+                         .encode("latin-1").decode("utf-8", "surrogateescape"))
+    return found
+
+
+def _show(directory: StateDirectory, daemon: Mapping[str, Any] | None, problems: Sequence[Problem]) -> None:
+    if daemon is None:
+        click.echo("not running")
+    else:
+        click.echo("healthy" if not problems else "not healthy")
+    for cause, advice in problems:
+        click.echo(f"  ! {cause}")
+        if advice:
+            click.echo(f"    {advice}")
+    rows = [(name, value) for name, value in (daemon or {}).items() if name != "problems"]
+    rows = rows or [("state_directory", str(directory.path))]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        click.echo(f"  {name.replace('_', ' '):{width}}  {_text(name, value)}")
+
+
+def _text(name: str, value: Any) -> str:
+    if name.endswith("bytes") and type(value) is int:
+        return _size(value)
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_text(str(key), item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(_text("", item) for item in value)
+    return "-" if value is None else str(value)
+
+
+def _size(count: int) -> str:
+    """Bytes with a binary unit, three digits."""
+    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]
+    while size >= 1000 and len(units) > 1:
+        size /= 1024
+        units.pop(0)
+    return f"{size:.3g} {units[0]}"
