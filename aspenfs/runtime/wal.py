@@ -1,0 +1,485 @@
+"""The write-ahead log: entries, term and vote in one sequence of frames, durable with one fdatasync.
+
+Here belongs the log as its user sees it: append, sync, truncate, trim, replay. The bytes are in
+`wal_format.py`, reading a directory back in `wal_recovery.py`, segment files in `wal_segments.py`,
+and `docs/design/wal.md` describes all of it.
+
+What is true:
+ - `append` returns when the frame is in the page cache: it survives the end of this process.
+   It is durable when a `sync` that *started after* it has returned.
+ - What is found after a crash is a prefix of what was appended, and holds all that was synced.
+ - An append that raises has added nothing, and the log can be appended to again. (As after any failed
+   write, a power failure before the next sync may still bring a prefix of it back.)
+ - A failed fdatasync ends the log: the kernel may have dropped the data and called it clean, so
+   every later append and sync raises SyncFailed. The process must end; never retry.
+ - The log never writes over a frame that counts: truncation and reset are frames themselves.
+
+Threads: any method from any thread at any time; meant are appends from the event loop and `sync`
+from a thread of its own. The lock that they share is held for one pwrite into the page cache, never
+during an fdatasync. An append waits for more only when a segment is full and the next is not ready.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from aspenfs.errors import Closed, NoSpace, StorageError, SyncFailed, TxnTooLarge
+from aspenfs.limits import KIB, WAL_FRAME_BYTES_MAX, WAL_SEGMENT_BYTES
+from aspenfs.runtime.wal_format import (
+    BEGIN_BYTES_MAX,
+    CLUSTER_ID_BYTES,
+    ENTRY_KIND_MAX,
+    FIRST_FRAME,
+    FRAME_HEADER_BYTES,
+    VOTE_BYTES_MAX,
+    Begin,
+    Kind,
+    encode_begin,
+    encode_frame,
+)
+from aspenfs.runtime.wal_recovery import Recovered, Report, Segment, recover, verify
+from aspenfs.runtime.wal_replay import Frame, Piece, Void, replay
+from aspenfs.runtime.wal_segments import SegmentPool, storage_error
+from aspenfs.seams import Disk
+
+__all__ = ["Frame", "Kind", "Report", "Wal", "verify"]
+
+logger = logging.getLogger(__name__)
+
+_CONTROL_BYTES: Final = 1 * KIB  # the end of a segment that only frames other than entries may use
+SEGMENT_BYTES_MIN: Final = 4 * KIB
+
+
+class Wal:
+    """Made by `Wal.open`; see the head of this file for what is true."""
+
+    def __init__(self, disk: Disk, directory: str, pool: SegmentPool, found: Recovered) -> None:
+        self._disk, self._directory, self._pool = disk, directory, pool
+        self._lock = threading.Lock()
+        self._sync_lock = threading.Lock()
+        self._dead: StorageError | None = None
+        self._segments = found.segments
+        self._first_index, self._last_index = found.first_index, found.last_index
+        self._hard_state = found.hard_state
+        self._void_after: list[Void] = found.void_after
+        self._run = found.run + 1 & 0xFFFF
+        # The segment being written, its fields unpacked for the append path.
+        self._current: Segment | None = None
+        self._previous: Segment | None = None
+        self._tag = self._end = self._entry_limit = self._crc = 0
+        # Durability: all before `_synced` = (segment number, offset) is durable; `_claim` is what
+        # frames say of it; `_unsynced` are full segments that still wait for their fdatasync.
+        self._synced = (0, 0)
+        self._synced_index = self._sync_floor = found.last_index
+        self._claim = 0
+        self._clean: tuple[int, int] = (0, 0)
+        self._unsynced: list[Segment] = []
+        if found.segments:
+            last = found.segments[-1]
+            self._write_to(last)
+            self._entry_limit = last.size - _CONTROL_BYTES
+            self._end, self._crc = last.end, last.crc
+            self._synced = self._clean = (last.number, last.end)
+            self._claim = last.end
+
+    @classmethod
+    def open(
+        cls,
+        disk: Disk,
+        directory: str,
+        cluster_id: bytes,
+        *,
+        segment_bytes: int = WAL_SEGMENT_BYTES,
+        background: bool = True,
+    ) -> "Wal":
+        """The log in `directory` (made if missing), recovered and durable up to `last_index`.
+
+        Raises Corrupt when something that had been durable does not read back (nothing was changed
+        then), StorageError for another cluster's log, SyncFailed, NoSpace.
+        `background=False` does all work in the calling threads, for simulation.
+        """
+        assert len(cluster_id) == CLUSTER_ID_BYTES
+        assert segment_bytes >= SEGMENT_BYTES_MIN
+        _make_durable_directory(disk, directory)
+        found = recover(disk, directory, cluster_id)
+        pool = SegmentPool(
+            disk,
+            directory,
+            cluster_id,
+            segment_bytes,
+            next_number=found.next_number,
+            has_spare=found.has_spare,
+            background=background,
+        )
+        try:
+            # After the end of a process the log may still be in the page cache only; what replay
+            # hands out must not be lost any more. Before anything is appended, files behind the
+            # end lose their names, so that no later recovery can take them for a continuation.
+            for segment in found.segments:
+                segment.file.datasync()
+            for segment in found.dropped:
+                segment.file.close()
+            pool.retire_now([segment.name for segment in found.dropped])
+            wal = cls(disk, directory, pool, found)
+            for segment in found.segments[:-1]:
+                segment.file.close()
+            if found.torn_bytes:
+                logger.info("wal torn tail dropped directory=%s bytes=%d", directory, found.torn_bytes)
+            wal._mark(wal._synced)
+            pool.stir()
+        except BaseException as error:
+            pool.close()
+            found.close()
+            if isinstance(error, OSError):
+                raise SyncFailed(f"fdatasync of the log failed while opening it: {error}") from error
+            raise
+        return wal
+
+    @property
+    def first_index(self) -> int:
+        """Of the oldest entry still there; `last_index + 1` when there is none."""
+        return self._first_index
+
+    @property
+    def last_index(self) -> int:
+        """Of the newest entry; when there is none, the index after which the log goes on (0 at first)."""
+        return self._last_index
+
+    @property
+    def synced_index(self) -> int:
+        """All entries up to this one are durable."""
+        return min(self._synced_index, self._last_index)
+
+    @property
+    def hard_state(self) -> tuple[int, bytes] | None:
+        """Term and vote as last written."""
+        return self._hard_state
+
+    @property
+    def short_of_space(self) -> bool:
+        """No segment could be made for when the current one is full: refuse what makes the log grow
+        for good, let through what frees space (deletes), and expect NoSpace at the segment's end."""
+        return self._pool.failure is not None
+
+    # --- writing ---
+
+    def append(self, kind: int, term: int, index: int, payload: bytes) -> None:
+        """Add one entry: `index` is `last_index + 1`, `kind` 1..15. One pwrite.
+
+        Raises NoSpace or StorageError (nothing was added), SyncFailed, Closed, TxnTooLarge.
+        """
+        size = len(payload)
+        with self._lock:
+            at = self._end
+            end = at + FRAME_HEADER_BYTES + size + 7 & ~7
+            if end > self._entry_limit or self._dead is not None or size > WAL_FRAME_BYTES_MAX:
+                self._append_slowly([(kind, term, index, payload)])
+                return
+            assert index == self._last_index + 1
+            assert 0 < kind <= ENTRY_KIND_MAX
+            data, crc = encode_frame(
+                at, self._tag, self._crc, self._claim, self._run, kind, term, index, payload
+            )
+            current = self._current
+            assert current is not None
+            try:
+                current.file.pwrite(data, at)
+            except OSError as error:
+                raise self._append_failed(error, at, end) from error
+            self._end, self._crc, self._last_index = end, crc, index
+
+    def append_many(self, frames: Sequence[tuple[int, int, int, bytes]]) -> None:
+        """Add frames (kind, term, index, payload) with one pwrite, all or none (of a failed append).
+
+        Entries as in `append`; and Kind.HARD_STATE with payload = vote (its index is ignored).
+        Together they must fit into one segment.
+        """
+        with self._lock:
+            self._append_slowly(frames)
+
+    def save_hard_state(self, term: int, vote: bytes) -> None:
+        """Add term and vote; durable after the next sync, as entries are."""
+        self.append_many([(Kind.HARD_STATE, term, 0, vote)])
+
+    def truncate_after(self, index: int) -> None:
+        """Entries above `index` are void: the next one appended is `index + 1`."""
+        with self._lock:
+            assert self._first_index - 1 <= index <= self._last_index
+            if index < self._last_index:
+                self._append_slowly([(Kind.TRUNCATE, 0, index, b"")])
+
+    def reset(self, index: int) -> None:
+        """All entries are void: the next one appended is `index + 1` (a snapshot up to `index` came in)."""
+        with self._lock:
+            self._append_slowly([(Kind.RESET, 0, index, b"")])
+
+    def _append_slowly(self, frames: Sequence[tuple[int, int, int, bytes]]) -> None:
+        """Any frames, with the lock held: checks all, rolls over, opens a segment, then one pwrite."""
+        if self._dead is not None:
+            raise self._dead
+        if not frames:
+            return
+        size = 0
+        entries = False
+        for kind, _, _, payload in frames:
+            if len(payload) > WAL_FRAME_BYTES_MAX:
+                raise TxnTooLarge(f"a log entry of {len(payload)} bytes (at most {WAL_FRAME_BYTES_MAX})")
+            assert kind != Kind.HARD_STATE or len(payload) <= VOTE_BYTES_MAX
+            size += FRAME_HEADER_BYTES + len(payload) + 7 & ~7
+            entries = entries or kind <= ENTRY_KIND_MAX
+        if self._end <= FIRST_FRAME:
+            size += BEGIN_BYTES_MAX
+        limit = 0 if self._current is None else self._current.size - (_CONTROL_BYTES if entries else 0)
+        if self._end + size > limit:
+            self._roll(size)
+        at = start = self._end
+        current = self._current
+        assert current is not None
+        crc, last, hard_state = self._crc, self._last_index, self._hard_state
+        parts: list[bytes] = []
+        begin: Begin | None = None
+        if start == FIRST_FRAME:
+            begin = self._begin()
+            data, crc = encode_frame(
+                at,
+                self._tag,
+                begin.previous_crc,
+                self._claim,
+                self._run,
+                Kind.BEGIN,
+                0,
+                last,
+                encode_begin(begin),
+            )
+            parts.append(data)
+            at += len(data)
+        begin_end = at
+        for kind, term, index, payload in frames:
+            if kind <= ENTRY_KIND_MAX:
+                assert index == last + 1
+                assert kind > 0
+                last = index
+            elif kind == Kind.HARD_STATE:
+                hard_state = (term, payload)
+            else:
+                last = index
+            data, crc = encode_frame(at, self._tag, crc, self._claim, self._run, kind, term, index, payload)
+            parts.append(data)
+            at += len(data)
+        try:
+            current.file.pwrite(b"".join(parts), start)
+        except OSError as error:
+            raise self._append_failed(error, start, at) from error
+        if begin is not None:
+            current.begin, current.begin_end, current.base = begin, begin_end, begin.index
+            self._entry_limit = current.size - _CONTROL_BYTES
+            self._segments.append(current)
+        for offset_kind, _, index, _ in frames:
+            if offset_kind in (Kind.TRUNCATE, Kind.RESET):
+                self._voided(offset_kind, index, start)
+        self._end, self._crc, self._last_index, self._hard_state = at, crc, last, hard_state
+
+    def _voided(self, kind: int, index: int, offset: int) -> None:
+        current = self._current
+        assert current is not None
+        self._synced_index = min(self._synced_index, index)
+        self._sync_floor = min(self._sync_floor, index)
+        if kind == Kind.TRUNCATE:
+            current.base = min(current.base, index)
+            self._void_after.append(((current.number, offset), index))
+        else:
+            current.base = index
+            self._first_index = index + 1
+            self._void_after.append(((current.number, offset), 0))
+
+    def _append_failed(self, error: OSError, start: int, end: int) -> NoSpace | StorageError:
+        # Whatever prefix was written: the next frames carry another run, so that no leftover can
+        # chain to them even if they repeat these byte for byte. Blanking it keeps a kill of this
+        # process from bringing back what its caller is now told has failed.
+        self._run = self._run + 1 & 0xFFFF
+        current = self._current
+        assert current is not None
+        try:
+            current.file.pwrite(bytes(end - start), start)
+        except OSError:
+            logger.warning(
+                "wal leftover of a failed append not blanked segment=%s offset=%d", current.name, start
+            )
+        return storage_error(error, f"appending to log segment {current.name}")
+
+    # --- segments ---
+
+    def _write_to(self, segment: Segment) -> None:
+        self._current = segment
+        self._tag = segment.tag
+        self._entry_limit = 0  # the first append goes the slow way and writes the BEGIN frame
+        self._end, self._crc, self._claim = FIRST_FRAME, 0, 0
+
+    def _roll(self, size: int) -> None:
+        """Go on in a fresh segment. From here on the old one gets no frame any more, even if the
+        first write to the new one fails: its BEGIN frame may be on disk and says where the old ended."""
+        room = self._pool.segment_bytes - FIRST_FRAME - BEGIN_BYTES_MAX - _CONTROL_BYTES
+        old = self._current
+        if size > room or (old is not None and self._end == FIRST_FRAME):
+            raise TxnTooLarge(f"{size} bytes of frames do not fit into a log segment (room: {room} bytes)")
+        segment = self._pool.take()
+        if old is not None:
+            old.end, old.crc = self._end, self._crc
+            old.last_index = self._last_index
+            self._unsynced.append(old)
+        self._previous = old
+        self._write_to(segment)
+        if old is None or self._synced >= (old.number, old.end):
+            self._claim = FIRST_FRAME
+        self._pool.stir()
+
+    def _begin(self) -> Begin:
+        old = self._previous
+        if old is None:
+            return Begin(0, 0, 0, 0, self._last_index, self._hard_state)
+        if self._synced >= (old.number, old.end):
+            synced = old.end
+        else:
+            synced = self._synced[1] if self._synced[0] == old.number else 0
+        return Begin(old.number, old.end, synced, old.crc, self._last_index, self._hard_state)
+
+    def trim(self, before_index: int) -> None:
+        """Entries below `before_index` are needed no more; whole segments of them go, oldest first.
+
+        Call it only for what is durable elsewhere, and not under a replay of them.
+        """
+        with self._lock:
+            if self._dead is not None:
+                raise self._dead
+            names = []
+            segments = self._segments
+            while len(segments) > 1 and segments[1].base < before_index:
+                # The successor takes over where the log starts, so its BEGIN must be durable.
+                if self._synced < (segments[1].number, segments[1].begin_end):
+                    break
+                names.append(segments.pop(0).name)
+            if not names:
+                return
+            self._first_index = max(self._first_index, min(segment.base for segment in segments) + 1)
+            oldest = (segments[0].number, 0)
+            self._void_after = [void for void in self._void_after if void[0] >= oldest]
+        self._pool.retire(names)
+
+    # --- durability ---
+
+    def sync(self) -> int:
+        """Make durable what was appended before the call; the index up to which all entries are.
+
+        Blocks for one fdatasync (two when a segment was filled meanwhile); callers queue up.
+        Raises SyncFailed, and then the log is dead.
+        """
+        with self._sync_lock:
+            with self._lock:
+                if self._dead is not None:
+                    raise self._dead
+                if isinstance(self._pool.failure, SyncFailed):
+                    self._dead = self._pool.failure
+                    raise self._dead
+                current = self._current
+                target = (current.number, self._end) if current is not None else (0, 0)
+                self._sync_floor = self._last_index
+                full = list(self._unsynced)
+                if target == self._clean:
+                    return self._synced_index
+            try:
+                for segment in full:
+                    segment.file.datasync()
+                if current is not None and target[1] > FIRST_FRAME:
+                    current.file.datasync()
+            except OSError as error:
+                raise self._die(error) from error
+            with self._lock:
+                del self._unsynced[: len(full)]
+                self._synced = self._clean = target
+                index = self._synced_index = self._sync_floor  # lower if a truncation came meanwhile
+                self._update_claim(target)
+                self._mark(target)
+            for segment in full:
+                segment.file.close()
+            if self._pool.failure is not None:
+                self._pool.stir()
+            return index
+
+    def _die(self, error: OSError) -> StorageError:
+        with self._lock:
+            if self._dead is None:
+                self._dead = SyncFailed(f"fdatasync of the log failed ({error}): this process must end")
+            return self._dead
+
+    def _update_claim(self, synced: tuple[int, int]) -> None:
+        current = self._current
+        assert current is not None
+        if synced[0] == current.number:
+            self._claim = synced[1]
+        elif self._previous is not None and synced >= (self._previous.number, self._previous.end):
+            self._claim = FIRST_FRAME  # of the segments before, nothing is left to sync
+
+    def _mark(self, synced: tuple[int, int]) -> None:
+        """Say how far the log is durable, if no frame has come since that says it; lock held.
+
+        The frame itself need not be durable: it is for finding damage later, in a log at rest.
+        """
+        current = self._current
+        if current is None or synced != (current.number, self._end) or self._end == FIRST_FRAME:
+            return
+        at = self._end
+        if at + FRAME_HEADER_BYTES > current.size:
+            return
+        data, crc = encode_frame(
+            at, self._tag, self._crc, self._claim, self._run, Kind.MARK, 0, self._last_index, b""
+        )
+        try:
+            current.file.pwrite(data, at)
+        except OSError as error:
+            self._append_failed(error, at, at + len(data))
+            return
+        self._end, self._crc = at + len(data), crc
+        self._clean = (current.number, self._end)
+
+    def close(self) -> None:
+        """Sync (unless the log is dead) and let go of all files. Idempotent."""
+        if isinstance(self._dead, Closed):
+            return
+        try:
+            if self._dead is None:
+                self.sync()
+        finally:
+            with self._lock:
+                self._dead = Closed("the log is closed")
+                for segment in [*self._unsynced, self._current]:
+                    if segment is not None:
+                        segment.file.close()
+            self._pool.close()
+
+    # --- reading ---
+
+    def replay(self, from_index: int) -> Iterator[Frame]:
+        """Entries from `from_index` on up to the `last_index` of now, in order.
+
+        `from_index` lies in first_index..last_index+1. Reads from disk and checks every frame.
+        """
+        with self._lock:
+            assert self._first_index <= from_index <= self._last_index + 1
+            last = self._last_index
+            pieces = [
+                Piece(
+                    s.number, s.base, s.tag, s.begin.previous_crc, self._end if s is self._current else s.end
+                )
+                for s in self._segments
+                if s.begin is not None
+            ]
+            voids = list(self._void_after)
+        return replay(self._disk, self._directory, pieces, voids, from_index, last)
+
+
+def _make_durable_directory(disk: Disk, directory: str) -> None:
+    disk.make_directory(directory)
+    while directory:
+        directory = directory.rpartition("/")[0]
+        disk.sync_directory(directory)
