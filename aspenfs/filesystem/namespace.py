@@ -60,6 +60,7 @@ RENAME_NOREPLACE: Final = 1
 RENAME_EXCHANGE: Final = 2
 RENAME_LOCK: Final = b"f/r"  # changed by every move of a directory to another parent
 DIRECTORY: Final = stat.S_IFDIR >> 12
+_new = tuple.__new__
 
 
 class Entry(NamedTuple):
@@ -100,7 +101,8 @@ class Namespace:
         prefix = DIRENT_PREFIX + number(parent)
         start = prefix if after is None else prefix + after + b"\0"
         found = self.store.range(start, prefix_end(prefix), limit=limit)
-        return [Entry(key[11:], *DIRENT.unpack(record.value)) for key, record in found]
+        unpack = DIRENT.unpack
+        return [_new(Entry, (key[11:], *unpack(record[0]))) for key, record in found]
 
     # --- making ---
 

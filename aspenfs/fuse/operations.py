@@ -20,7 +20,8 @@ from aspenfs.vfs.tree import Attr, SetAttr, Tree
 log = logging.getLogger(__name__)
 
 Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
-READDIR_BATCH: Final = 512
+READDIR_BATCH: Final = 256
+DOTS: Final = 2  # . and .. come before a listing's own entries
 FUSEError = pyfuse3.FUSEError
 
 
@@ -265,17 +266,23 @@ class Operations(pyfuse3.Operations):
 
     @answers
     async def readdir(self, fh: int, start_id: int, token: Any) -> None:
-        fs = self.fs
+        fs, reply, attributes, known = self.fs, pyfuse3.readdir_reply, self._attributes, self.fs.known
+        for at, (ino, tree, name, attr) in enumerate(await fs.dots(fh) if start_id < DOTS else ()):
+            # The kernel makes no use of the attributes of these two, and counts no lookup.
+            if at >= start_id and not reply(token, name, attributes(ino, tree, attr), at + 1):
+                return
+        cookie = max(start_id - DOTS, 0)
         while True:
-            entries = await fs.readdir(fh, start_id, READDIR_BATCH)
+            tree, base, entries = await fs.readdir(fh, cookie, READDIR_BATCH)
             if not entries:
                 return
-            for ino, tree, name, attr, cookie in entries:
-                # Sent with its attributes, so it counts as a lookup.
-                if not pyfuse3.readdir_reply(token, name, self._attributes(ino, tree, attr), cookie):
+            for name, attr, cookie in entries:  # noqa: B007 – where the next batch begins
+                ino = base | attr[0]
+                if not base:
+                    tree, ino = fs.tree_in_root(name)
+                if not reply(token, name, attributes(ino, tree, attr), cookie + DOTS):
                     return
-                fs.remember(ino)
-                start_id = cookie
+                known[ino] = known.get(ino, 0) + 1  # it came with attributes, so it counts as a lookup
 
     @answers
     async def fsyncdir(self, fh: int, datasync: bool) -> None:

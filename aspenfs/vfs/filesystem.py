@@ -229,18 +229,38 @@ class FileSystem:
         listing: Listing = RootListing(self) if tree is self.root_tree else await tree.opendir(node)
         return self._add_handle(tree, ino, listing)
 
-    async def readdir(self, fh: int, cookie: int, limit: int) -> list[tuple[int, Tree, bytes, Attr, int]]:
-        """(ino, tree, name, attr, cookie) of entries behind `cookie`; call `remember` for each one sent."""
+    async def readdir(
+        self, fh: int, cookie: int, limit: int
+    ) -> tuple[Tree, int, Sequence[tuple[bytes, Attr, int]]]:
+        """(tree, base, entries) behind `cookie`: an entry's inode number is `base` with its node id.
+
+        In the root directory each entry is the root of a tree of its own: see `tree_in_root`.
+        """
         handle = self.handles.get(fh)
         if handle is None or isinstance(handle.target, OpenFile):
             raise errors.BadHandle(f"no open directory {fh}")
         tree = handle.tree
-        entries = await handle.target.after(cookie, limit)
-        if tree is self.root_tree:
-            trees = self.root_tree.trees
-            return [(self.ino_of(trees[n], a.node), trees[n], n, a, c) for n, a, c in entries]
-        base = self.numbers[id(tree)]
-        return [(base | attr.node, tree, name, attr, at) for name, attr, at in entries]
+        return tree, self.numbers[id(tree)], await handle.target.after(cookie, limit)
+
+    def tree_in_root(self, name: bytes) -> tuple[Tree, int]:
+        """The tree with that name and its root's inode number."""
+        tree = self.root_tree.trees[name]
+        return tree, self.ino_of(tree, tree.root)
+
+    async def dots(self, fh: int) -> list[tuple[int, Tree, bytes, Attr]]:
+        """The entries . and .. of an open directory."""
+        handle = self.handles.get(fh)
+        if handle is None:
+            raise errors.BadHandle(f"no open directory {fh}")
+        tree, node = self.locate(handle.ino)
+        here = handle.ino, tree, b".", await tree.getattr(node)
+        if handle.ino == ROOT_INODE:
+            return [here, (*here[:2], b"..", here[3])]
+        if node == tree.root:
+            above, up = self.root_tree, ROOT_INODE
+        else:
+            above, up = tree, tree.parent_of(node)  # type: ignore[assignment]
+        return [here, (self.ino_of(above, up), above, b"..", await above.getattr(up))]
 
     # --- the rest ---
 

@@ -138,6 +138,10 @@ class Tree:
     async def opendir(self, node: int) -> Listing:
         raise errors.NotADirectory(node)
 
+    def parent_of(self, node: int) -> int:
+        """The directory that `..` of a directory leads to; the root's own parent is the root."""
+        return node
+
     async def statfs(self) -> Usage:
         return Usage(4096, 0, 0, 0, 0)
 

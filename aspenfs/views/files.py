@@ -26,12 +26,17 @@ INODES_MAX: Final = (1 << 48) - 1
 LISTING_BATCH: Final = 512
 
 
+_new = tuple.__new__  # half the cost of a NamedTuple's own constructor
+_unpack_inode: Callable[[bytes], layout.Inode] = layout.INODE.unpack_from  # type: ignore[assignment]
+
+
 def to_attr(node: int, inode: layout.Inode) -> Attr:
     """stat(2) of an inode; a directory's size is its number of entries."""
     nlink, size, allocated, entries, atime, mtime, ctime, mode, uid, gid, rdev, _, _, _ = inode
     if mode & 0o170000 == 0o040000:
         size = entries
-    return Attr(node, mode, nlink, uid, gid, rdev, size, (allocated + 511) >> 9, atime, mtime, ctime)
+    blocks = (allocated + 511) >> 9
+    return _new(Attr, (node, mode, nlink, uid, gid, rdev, size, blocks, atime, mtime, ctime))
 
 
 class FilesTree(Tree):
@@ -72,7 +77,7 @@ class FilesTree(Tree):
             if ghost is None:
                 raise errors.NotFound(f"inode {node}")
             return ghost
-        attr = to_attr(node, layout.Inode._make(layout.INODE.unpack_from(record.value)))
+        attr = to_attr(node, _unpack_inode(record[0]))
         if node in self.atimes:
             return attr._replace(atime_ns=max(attr.atime_ns, self.atimes[node]))
         return attr
@@ -236,6 +241,9 @@ class FilesTree(Tree):
             await self.names.reap(node)
         return len(orphans)
 
+    def parent_of(self, node: int) -> int:
+        return self.volume.directory(node).parent
+
     def touched(self, event: Event) -> Iterable[Touched]:
         key = event.key
         kind = key[:3]
@@ -297,10 +305,11 @@ class DirectoryListing:
             entries = tree.names.entries(self.node, last, min(limit, LISTING_BATCH))
             if not entries:
                 break
+            names, attr_of = self.names, tree._attr
             for name, node, _ in entries:
-                self.names.append(name)
+                names.append(name)
                 try:
-                    result.append((name, tree._attr(node), len(self.names)))
+                    result.append((name, attr_of(node), len(names)))
                 except errors.NotFound:
                     continue  # went while we listed
         return result

@@ -3,13 +3,13 @@
 import random
 
 import pytest
-from tests.filesystem.volumes import CALLER, Setup, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aspenfs import errors, limits
 from aspenfs.filesystem import layout
 from aspenfs.vfs.tree import SetAttr
+from tests.filesystem.volumes import CALLER, Setup, run
 
 KIB = 1024
 
@@ -31,7 +31,9 @@ STEP = st.one_of(
         st.sampled_from([1, 10, 4096, 16 * KIB - 1, 16 * KIB, 70_000]),
     ),
     st.tuples(st.just("append"), st.just(0), st.sampled_from([1, 5000, 16 * KIB, 40_000])),
-    st.tuples(st.just("truncate"), st.sampled_from([0, 1, 5000, 64 * KIB, 150_000, (1 << 20) + 7]), st.just(0)),
+    st.tuples(
+        st.just("truncate"), st.sampled_from([0, 1, 5000, 64 * KIB, 150_000, (1 << 20) + 7]), st.just(0)
+    ),
 )
 
 

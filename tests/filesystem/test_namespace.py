@@ -121,7 +121,7 @@ def test_an_open_file_outlives_its_name_and_goes_with_the_last_close() -> None:
 
 def test_an_orphan_of_a_killed_daemon_is_reaped_at_the_next_start() -> None:
     async def test(setup: Setup) -> None:
-        attr, handle = await setup.tree.create(1, b"f", 0o644, 2, CALLER)
+        _, handle = await setup.tree.create(1, b"f", 0o644, 2, CALLER)
         await handle.write(0, b"x" * 100)
         await setup.tree.unlink(1, b"f")
         volume = Volume(setup.store, setup.blobs, setup.clock)
