@@ -1,0 +1,89 @@
+"""Inode numbers, lookup counts and handles, over real trees in memory."""
+
+import pytest
+import trio
+
+from aspenfs import errors
+from aspenfs.vfs.filesystem import ROOT_INODE, FileSystem
+from tests.filesystem.volumes import CALLER, Setup, run
+
+
+def test_forget_reaches_the_tree_only_when_no_handle_is_open() -> None:
+    async def test(setup: Setup) -> None:
+        forgotten: list[int] = []
+        setup.tree.forgotten = forgotten.append  # type: ignore[method-assign]
+        fs = FileSystem([setup.tree], 1)
+        files, _, _ = await fs.lookup(ROOT_INODE, b"files")
+        fh, _, ino, _, attr = await fs.create(files, b"f", 0o644, 2, CALLER)
+        await fs.lookup(files, b"f")
+        fs.forget(ino, 1)
+        assert fs.known[ino] == 1
+        fs.forget(ino, 1)
+        assert ino not in fs.known
+        assert forgotten == []
+        await fs.release(fh)
+        assert forgotten == [attr.node]
+
+    run(test)
+
+
+def test_the_root_lists_the_trees_and_gives_them_numbers_of_their_own() -> None:
+    async def test(setup: Setup) -> None:
+        fs = FileSystem([setup.tree], 1)
+        fh = await fs.opendir(ROOT_INODE)
+        tree, base, entries = await fs.readdir(fh, 0, 10)
+        assert [name for name, _, _ in entries] == [b"files"]
+        assert base == 0
+        assert fs.tree_in_root(b"files") == (setup.tree, (1 << 48) | 1)
+        assert (await fs.dots(fh))[1][0] == ROOT_INODE
+        assert tree is fs.root_tree
+        with pytest.raises(errors.ReadOnly):
+            await fs.mkdir(ROOT_INODE, b"x", 0o755, CALLER)
+
+    run(test)
+
+
+def test_a_subtree_mount_has_its_directory_as_inode_1() -> None:
+    async def test(setup: Setup) -> None:
+        await setup.tree.mkdir(1, b"srv", 0o755, CALLER)
+        below = (await setup.tree.mkdir((await setup.tree.lookup(1, b"srv")).node, b"in", 0o755, CALLER)).node
+        fs = FileSystem([setup.tree], 1)
+        await fs.use_subtree(b"/files/srv")
+        ino, _, attr = await fs.lookup(ROOT_INODE, b"in")
+        assert attr.node == below
+        fh = await fs.opendir(ino)
+        assert [entry[0] for entry in await fs.dots(fh)] == [ino, ROOT_INODE]
+        for path, error in ((b"/none", errors.NotFound), (b"/files/none", errors.NotFound)):
+            with pytest.raises(error):
+                await FileSystem([setup.tree], 1).use_subtree(path)
+
+    run(test)
+
+
+def test_links_and_renames_do_not_cross_trees() -> None:
+    async def test(setup: Setup) -> None:
+        other = Setup()
+        await other.volume.format()
+        other.tree.name = "other"
+        fs = FileSystem([setup.tree, other.tree], 1)
+        files, _, _ = await fs.lookup(ROOT_INODE, b"files")
+        elsewhere, _, _ = await fs.lookup(ROOT_INODE, b"other")
+        ino, _, _ = await fs.symlink(files, b"l", b"t", CALLER)
+        with pytest.raises(errors.CrossTree):
+            await fs.link(ino, elsewhere, b"l")
+        with pytest.raises(errors.CrossTree):
+            await fs.rename(files, b"l", elsewhere, b"l", 0)
+
+    run(test)
+
+
+def test_a_handle_that_is_not_there_is_EBADF() -> None:
+    async def main() -> None:
+        fs = FileSystem([Setup().tree], 1)
+        with pytest.raises(errors.BadHandle):
+            fs.file(7)
+        with pytest.raises(errors.BadHandle):
+            await fs.readdir(7, 0, 1)
+        await fs.release(7)
+
+    trio.run(main)
