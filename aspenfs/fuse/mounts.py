@@ -82,7 +82,7 @@ def parse_mountinfo(text: bytes) -> list[Mount]:
 
 
 def _unescaped(field: bytes) -> str:
-    """Blank, tab, newline, backslash and # come as three octal digits; each names one byte, not a character."""
+    """Blank, tab, newline, backslash and # come as three octal digits, each of them one byte."""
     return os.fsdecode(_OCTAL.sub(lambda match: bytes([int(match[1], 8)]), field))
 
 
@@ -213,13 +213,13 @@ def connection_number(dev_fuse_fd: int) -> int:
     raise OSError(errno.ENXIO, f"descriptor {dev_fuse_fd} shows no fuse connection")
 
 
-def abort(connection: int) -> None:
+def abort(connection: int, *, fusectl: Path = FUSECTL) -> None:
     """Ends a wedged mount: every request in flight fails with ECONNABORTED, later ones with ENOTCONN.
 
     Through fusectl where it is mounted (the owner of the mount may do this), else by a forced umount
     (root), which may take the mount away as well. OSError if there is no such connection or right.
     """
-    control = FUSECTL / str(connection) / "abort"
+    control = fusectl / str(connection) / "abort"
     if control.exists():
         control.write_text("1\n")
         return
@@ -245,12 +245,14 @@ def set_read_ahead(directory: str | os.PathLike[str], kib: int) -> None:
     (BDI / f"{mount.major}:{mount.minor}" / "read_ahead_kb").write_text(f"{kib}\n")
 
 
-def raise_background_limits(connection: int, max_background: int, congestion_threshold: int) -> bool:
+def raise_background_limits(
+    connection: int, max_background: int, congestion_threshold: int, *, fusectl: Path = FUSECTL
+) -> bool:
     """More read-aheads and asynchronous requests at once than the kernel's 12; never lowers. For root.
 
     False, with nothing changed, where fusectl is not mounted or does not show the connection.
     """
-    control = FUSECTL / str(connection)
+    control = fusectl / str(connection)
     wanted = {"max_background": max_background, "congestion_threshold": congestion_threshold}
     if not all((control / name).exists() for name in wanted):
         return False

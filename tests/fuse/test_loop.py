@@ -14,7 +14,7 @@ import pyfuse3
 import pytest
 import trio
 
-from aspenfs.fuse import loop
+from aspenfs.fuse import loop, turns
 from tests.fuse.toydaemon import ToyDaemon
 
 pytestmark = pytest.mark.mount
@@ -177,7 +177,9 @@ def test_killed_callers_leave_the_daemon_responsive(mountpoint: Path) -> None:
 def _saturating(toy: ToyDaemon, clients: int) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for _ in range(clients):
-            stack.enter_context(toy.client("while True:\n    try: os.stat(m + '/x')\n    except OSError: pass"))
+            stack.enter_context(
+                toy.client("while True:\n    try: os.stat(m + '/x')\n    except OSError: pass")
+            )
         yield
 
 
@@ -240,7 +242,7 @@ async def _with_session(
     served: list[bytes] = []
     done = trio.Event()
 
-    async def session_loop(nursery: loop.SessionNursery, lock: loop.ReadLock | None) -> None:
+    async def session_loop(nursery: turns.SessionNursery, lock: turns.ReadLock | None) -> None:
         lock = lock or hook.Lock()
         while not done.is_set():
             try:
@@ -351,7 +353,10 @@ def test_a_guest_loop_falls_back_to_waiting_through_trio() -> None:
         semaphore.release()
 
     trio.lowlevel.start_guest_run(
-        main, run_sync_soon_threadsafe=schedule, done_callback=ended.append, host_uses_signal_set_wakeup_fd=True
+        main,
+        run_sync_soon_threadsafe=schedule,
+        done_callback=ended.append,
+        host_uses_signal_set_wakeup_fd=True,
     )
     while not ended:
         assert semaphore.acquire(timeout=5)

@@ -30,6 +30,7 @@ class ToyDaemon:
         self.mountpoint = mountpoint
         mountpoint.mkdir(exist_ok=True)
         self._buffer = b""
+        self._forgotten = False
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "tests/fuse/toyfs.py"), str(mountpoint), *options],
             stdin=subprocess.PIPE,
@@ -56,6 +57,8 @@ class ToyDaemon:
 
     def kill(self) -> None:
         """Idempotent. Aborts the connection first: a process in the kernel's hands dies only then."""
+        if self._forgotten:
+            return
         if self.process.poll() is None or self.mounted():
             # MNT_FORCE on a FUSE mount aborts its connection; MNT_DETACH takes the mount away.
             libc = ctypes.CDLL(None, use_errno=True)
@@ -63,13 +66,18 @@ class ToyDaemon:
                 libc.umount2(os.fsencode(self.mountpoint), flags)
         if self.process.poll() is None:
             self.process.kill()
+        self.forget()
+        with contextlib.suppress(FileNotFoundError):
+            self.mountpoint.rmdir()
+
+    def forget(self) -> None:
+        """Closes the pipes of a daemon that has ended, and leaves its mountpoint alone."""
+        self._forgotten = True
         self.process.wait(DEADLINE_S)
         for stream in (self.process.stdin, self.process.stdout):
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
-        with contextlib.suppress(FileNotFoundError):
-            self.mountpoint.rmdir()
 
     def mounted(self) -> bool:
         needle = f" {self.mountpoint} "
@@ -110,9 +118,13 @@ class ToyDaemon:
         return str(output).strip()
 
     @contextlib.contextmanager
-    def client(self, code: str, cpus: Sequence[int] | None = None) -> Iterator[subprocess.Popen[str]]:
+    def client(
+        self, code: str, *, cpus: Sequence[int] | None = None, stdin: bool = False
+    ) -> Iterator[subprocess.Popen[str]]:
+        """A Python snippet in a child of its own, `m` being the mountpoint; killed at the end."""
         child = subprocess.Popen(
             [sys.executable, "-c", f"import os, sys, time\nm = {str(self.mountpoint)!r}\n{code}"],
+            stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             text=True,
             preexec_fn=(lambda: os.sched_setaffinity(0, cpus)) if cpus else None,
@@ -127,8 +139,10 @@ class ToyDaemon:
             except subprocess.TimeoutExpired:
                 self.kill()  # a client in the kernel's hands goes when the connection is aborted
                 child.wait(DEADLINE_S)
-            if child.stdout is not None:
-                child.stdout.close()
+            for stream in (child.stdin, child.stdout):
+                if stream is not None:
+                    with contextlib.suppress(BrokenPipeError):
+                        stream.close()
 
     def ends(self, *, deadline_s: float = DEADLINE_S) -> int:
         """Waits for the daemon to end by itself; its exit status."""

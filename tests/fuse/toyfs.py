@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import pyfuse3
 import trio
 
-from aspenfs.fuse import loop
+from aspenfs.fuse import loop, mounts
 from aspenfs.fuse.notifier import Notifier
 
 TICK_S = 0.01
@@ -207,9 +207,7 @@ def _command(operations: ToyOperations, notifier: Notifier, command: Sequence[by
     root = operations.nodes[pyfuse3.ROOT_INODE]
     match command:
         case [b"grow", name, size]:  # no invalidation: what the kernel caches becomes stale
-            node = root.children.get(name) or operations._add(
-                pyfuse3.ROOT_INODE, name, stat.S_IFREG | 0o644
-            )
+            node = root.children.get(name) or operations._add(pyfuse3.ROOT_INODE, name, stat.S_IFREG | 0o644)
             node.data = bytearray(b"y" * int(size))
             node.attributes.st_size = int(size)
         case [b"drop", name]:
@@ -220,6 +218,9 @@ def _command(operations: ToyOperations, notifier: Notifier, command: Sequence[by
             notifier.entry(pyfuse3.ROOT_INODE, name)
         case [b"ino", name]:
             _answer(ino=root.children[name].attributes.st_ino)
+            return
+        case [b"connection"]:
+            _answer(connections=[mounts.connection_number(fd) for fd in mounts.dev_fuse_fds()])
             return
         case [b"notifier"]:
             _answer(**notifier.statistics()._asdict())

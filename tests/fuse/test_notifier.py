@@ -1,0 +1,288 @@
+"""The notifier: what it tells and in which order, that it never blocks its caller, and real kernel caches."""
+
+import errno
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from aspenfs.fuse.notifier import Notifier
+from tests.fuse.toydaemon import ToyDaemon
+
+
+class Kernel:
+    """Takes invalidations like the kernel does; `gate` closed, it keeps the caller waiting."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[object, ...]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Semaphore(0)
+        self.failure: Exception | None = None
+
+    def invalidate_inode(self, inode: int, attr_only: bool) -> None:
+        self._take((inode, "attributes" if attr_only else "all"))
+
+    def invalidate_entry(self, inode_p: int, name: bytes) -> None:
+        self._take((inode_p, name))
+
+    def _take(self, what: tuple[object, ...]) -> None:
+        self.entered.release()
+        assert self.gate.wait(10)
+        self.told.append(what)
+        if self.failure is not None:
+            raise self.failure
+
+    def notifier(self, known: Callable[[], list[int]] = list, pending_max: int = 1000) -> Notifier:
+        notifier = Notifier(
+            known,
+            pending_max=pending_max,
+            invalidate_inode=self.invalidate_inode,
+            invalidate_entry=self.invalidate_entry,
+        )
+        notifier.start()
+        return notifier
+
+    def hold(self, notifier: Notifier) -> None:
+        """From here on the notifier's thread is inside a call for inode 0."""
+        self.gate.clear()
+        notifier.touch(0, data=False)
+        assert self.entered.acquire(timeout=5)
+
+
+@pytest.fixture
+def kernel() -> Kernel:
+    return Kernel()
+
+
+def test_what_is_noted_twice_is_told_once_and_data_wins(kernel: Kernel) -> None:
+    notifier = kernel.notifier()
+    kernel.hold(notifier)
+    for data in (False, True, False):
+        notifier.touch(7, data)
+        notifier.touch(8, data=False)
+        notifier.entry(1, b"name")
+    kernel.gate.set()
+    assert notifier.stop()
+    assert kernel.told == [(0, "attributes"), (1, b"name"), (7, "all"), (8, "attributes")]
+
+
+def test_a_change_noted_during_its_own_invalidation_is_told_again(kernel: Kernel) -> None:
+    notifier = kernel.notifier()
+    kernel.hold(notifier)
+    notifier.touch(0, data=False)
+    kernel.gate.set()
+    assert notifier.stop()
+    assert kernel.told == [(0, "attributes"), (0, "attributes")]
+
+
+def test_names_are_told_before_inodes(kernel: Kernel) -> None:
+    notifier = kernel.notifier()
+    kernel.hold(notifier)
+    notifier.touch(7, data=True)
+    notifier.entry(1, b"late")
+    kernel.gate.set()
+    assert notifier.stop()
+    assert kernel.told[1:] == [(1, b"late"), (7, "all")]
+
+
+def test_overflow_tells_every_known_inode_instead(kernel: Kernel) -> None:
+    notifier = kernel.notifier(lambda: [3, 4], pending_max=10)
+    kernel.hold(notifier)
+    for inode in range(100, 111):
+        notifier.touch(inode, data=False)
+    notifier.entry(1, b"name")
+    statistics = notifier.statistics()
+    assert (statistics.pending, statistics.overflows) == (0, 1)
+    kernel.gate.set()
+    assert notifier.stop()
+    assert kernel.told == [(0, "attributes"), (3, "all"), (4, "all")]
+
+
+def test_pending_stays_bounded_however_much_is_noted(kernel: Kernel) -> None:
+    notifier = kernel.notifier(pending_max=50)
+    kernel.hold(notifier)
+    for inode in range(10_000):
+        notifier.touch(inode, data=True)
+        notifier.entry(inode, b"n")
+        assert notifier.statistics().pending <= 50
+    kernel.gate.set()
+    assert notifier.stop()
+
+
+def test_callers_never_wait_for_the_kernel_and_busy_time_shows_it(kernel: Kernel) -> None:
+    notifier = kernel.notifier()
+    kernel.hold(notifier)
+    began_s = time.monotonic()
+    for inode in range(1000):
+        notifier.touch(inode, data=True)
+    assert time.monotonic() - began_s < 1.0
+    first = notifier.statistics().busy_s
+    assert notifier.statistics().busy_s > first > 0.0
+    kernel.gate.set()
+    assert notifier.stop()
+    assert notifier.statistics().busy_s == 0.0
+
+
+def test_stop_returns_false_in_time_while_the_kernel_blocks_and_true_afterwards(kernel: Kernel) -> None:
+    notifier = kernel.notifier()
+    kernel.hold(notifier)
+    began_s = time.monotonic()
+    assert not notifier.stop(timeout_s=0.1)
+    assert time.monotonic() - began_s < 2.0
+    notifier.touch(5, data=True)  # dropped
+    kernel.gate.set()
+    assert notifier.stop(timeout_s=5)
+    assert kernel.told == [(0, "attributes")]
+
+
+def test_stop_tells_what_is_pending_first(kernel: Kernel) -> None:
+    notifier = kernel.notifier()
+    for inode in range(1, 201):
+        notifier.touch(inode, data=False)
+    assert notifier.stop(timeout_s=5)
+    assert len(kernel.told) == 200
+
+
+def test_stop_without_start_and_twice_is_harmless(kernel: Kernel) -> None:
+    assert Notifier(list).stop()
+    notifier = kernel.notifier()
+    assert notifier.stop()
+    assert notifier.stop()
+
+
+def test_unknown_inodes_are_counted_and_silent(kernel: Kernel, caplog: pytest.LogCaptureFixture) -> None:
+    kernel.failure = FileNotFoundError(errno.ENOENT, "not known")
+    notifier = kernel.notifier()
+    notifier.touch(1, data=False)
+    notifier.entry(1, b"n")
+    assert notifier.stop()
+    statistics = notifier.statistics()
+    assert (statistics.told, statistics.unknown) == (2, 2)
+    assert caplog.records == []
+
+
+def test_other_errors_are_logged_once_and_the_thread_lives_on(
+    kernel: Kernel, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernel.failure = OSError(errno.EIO, "odd")
+    notifier = kernel.notifier()
+    for inode in range(1, 6):
+        notifier.touch(inode, data=False)
+    assert notifier.stop()
+    assert len(kernel.told) == 5
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_an_exception_of_the_callback_does_not_end_the_thread(
+    kernel: Kernel, caplog: pytest.LogCaptureFixture
+) -> None:
+    def known() -> list[int]:
+        raise RuntimeError("dictionary changed size during iteration")
+
+    notifier = kernel.notifier(known, pending_max=1)
+    kernel.hold(notifier)
+    notifier.touch(1, data=False)
+    notifier.touch(2, data=False)
+    kernel.gate.set()
+    _wait_until(lambda: "invalidations lost" in caplog.text)
+    notifier.touch(3, data=False)
+    assert notifier.stop()
+    assert kernel.told[-1] == (3, "attributes")
+
+
+# --- the real kernel; entries and attributes are cached for a minute ---
+
+
+@pytest.fixture
+def mountpoint(tmp_path: Path) -> Path:
+    return tmp_path / "mount"
+
+
+def _told(toy: ToyDaemon, count: int) -> None:
+    def done() -> bool:
+        statistics = toy.ask("notifier")
+        return bool(statistics["told"] >= count and not statistics["pending"] and not statistics["busy_s"])
+
+    _wait_until(done)
+
+
+@pytest.mark.mount
+def test_attribute_invalidation_brings_a_new_size_to_stat(mountpoint: Path) -> None:
+    with ToyDaemon(mountpoint, "--timeout", "60") as toy:
+        toy.ask("grow f 10")
+        size = "print(os.stat(m + '/f').st_size)"
+        assert toy.run_in_mount(size) == "10"
+        toy.ask("grow f 25")
+        assert toy.run_in_mount(size) == "10"  # cached: else this test shows nothing
+        toy.ask("touch f attributes")
+        _told(toy, 1)
+        assert toy.run_in_mount(size) == "25"
+
+
+@pytest.mark.mount
+def test_data_invalidation_brings_new_content_to_an_open_file(mountpoint: Path) -> None:
+    with ToyDaemon(mountpoint, "--timeout", "60") as toy:
+        toy.ask("grow f 8192")
+        reader = """
+f = open(m + '/f', 'rb', buffering=0)
+for _ in range(3):
+    f.seek(0)
+    print(len(f.read(10000)), flush=True)
+    sys.stdin.readline()
+"""
+        with toy.client(reader, stdin=True) as client:
+            assert client.stdout is not None
+            assert client.stdin is not None
+            sizes = []
+            for kind in ("grow f 100", "touch f data", None):
+                sizes.append(int(client.stdout.readline()))
+                if kind is not None:
+                    toy.ask(kind)
+                if kind == "touch f data":
+                    _told(toy, 1)
+                client.stdin.write("\n")
+                client.stdin.flush()
+        assert sizes == [8192, 8192, 100]
+
+
+@pytest.mark.mount
+def test_entry_invalidation_makes_a_removed_name_vanish(mountpoint: Path) -> None:
+    with ToyDaemon(mountpoint, "--timeout", "60") as toy:
+        toy.ask("grow f 10")
+        exists = "print(os.path.exists(m + '/f'))"
+        assert toy.run_in_mount(exists) == "True"
+        toy.ask("drop f")
+        assert toy.run_in_mount(exists) == "True"
+        toy.ask("entry f")
+        _told(toy, 1)
+        assert toy.run_in_mount(exists) == "False"
+
+
+@pytest.mark.mount
+def test_an_invalidation_that_the_kernel_holds_up_stops_neither_loop_nor_shutdown(mountpoint: Path) -> None:
+    """While a LOOKUP of the name is in flight the kernel keeps the notifier's thread."""
+    with ToyDaemon(mountpoint, "--timeout", "60") as toy:
+        slow = "print(1, flush=True)\ntry: os.stat(m + '/sleep-1500')\nexcept OSError: pass"
+        before = toy.ask("cpu")["requests"]
+        with toy.client(slow) as client:
+            assert client.stdout is not None
+            client.stdout.readline()
+            _wait_until(lambda: toy.ask("cpu")["requests"] > before)
+            toy.ask("entry sleep-1500")
+            _wait_until(lambda: toy.ask("notifier")["busy_s"] > 0.1)
+            toy.run_in_mount("os.stat(m)")  # the loop still serves
+            answer = toy.ask("stop-notifier")
+            assert not answer["stopped"]
+            assert answer["took_s"] < 1.0
+            client.communicate(timeout=5)
+        assert toy.ask("stop-notifier")["stopped"]
+
+
+def _wait_until(condition: Callable[[], bool], deadline_s: float = 10.0) -> None:
+    end_s = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end_s, "in vain"
+        time.sleep(0.001)
