@@ -1,0 +1,90 @@
+"""An open file of `kv/`: reads see the key as it is, every write(2) is one transaction.
+
+A write names the creation of the key that was opened. If the key was deleted meanwhile, by anyone, the
+write goes to the file that was unlinked, as in any file system; it never brings the key back and
+never lands in a later key of the same name. Reads are of the current value, because the kernel's
+pages belong to the node, not to the open file: a snapshot read into them would be stale for others.
+"""
+
+import os
+from collections.abc import Sequence
+
+from aspenfs import errors
+from aspenfs.kv.merge import apply_edits
+from aspenfs.kv.types import (
+    EQUAL,
+    Edit,
+    Record,
+    append,
+    compare_create_revision,
+    cut,
+    merge,
+    patch,
+    set_attributes,
+)
+from aspenfs.limits import VALUE_BYTES_MAX
+from aspenfs.vfs.tree import OpenFile
+from aspenfs.views.kv_attributes import stamp
+from aspenfs.views.kv_nodes import FileNode
+from aspenfs.views.kv_space import CONFLICTS_MAX, Change, KeySpace
+
+
+async def edit(space: KeySpace, node: FileNode, *edits: Edit) -> int:
+    """Applies edits to the file wherever it is now, its key or its orphan; the revision, 0 for an orphan."""
+    for _ in range(CONFLICTS_MAX):
+        if space.record(node) is None or node.key is None:
+            node.orphan = _edited(space.content(node), edits)
+            return 0
+        key = node.key
+        result = await space.commit(Change(
+            [compare_create_revision(key, EQUAL, node.created)], [merge(key, *edits)],
+        ))
+        if result is not None:
+            return result.revision
+    raise errors.Conflict(node.key)
+
+
+def _edited(record: Record, edits: Sequence[Edit]) -> Record:
+    value, attributes = apply_edits(record.value, record.attributes, edits)
+    return record._replace(value=value, attributes=attributes)
+
+
+async def truncate(space: KeySpace, node: FileNode, size: int) -> None:
+    """TooLarge."""
+    if size > VALUE_BYTES_MAX:
+        raise errors.TooLarge(f"a value has at most {VALUE_BYTES_MAX} bytes")
+    await edit(space, node, cut(size), set_attributes(stamp(space.clock.time_ns())))
+
+
+class KVFile(OpenFile):
+    __slots__ = ("appends", "node", "space", "waits")
+
+    def __init__(self, space: KeySpace, node: FileNode, flags: int) -> None:
+        self.space, self.node = space, node
+        self.appends = bool(flags & os.O_APPEND)
+        self.waits = bool(flags & os.O_DSYNC)  # O_SYNC contains it
+
+    async def read(self, offset: int, size: int) -> bytes:
+        return self.space.content(self.node).value[offset:offset + size]
+
+    async def write(self, offset: int, data: bytes) -> int:
+        """As much as a value can take, as POSIX has it for the file size limit; TooLarge if nothing."""
+        space, node = self.space, self.node
+        if self.appends:
+            # The kernel's idea of the end may be old; the end is where it is at apply.
+            offset = len(space.content(node).value)
+        room = VALUE_BYTES_MAX - offset
+        if room < len(data):
+            if room <= 0:
+                raise errors.TooLarge(f"a value has at most {VALUE_BYTES_MAX} bytes")
+            data = data[:room]
+        written = append(data) if self.appends else patch(offset, data)
+        revision = await edit(space, node, written, set_attributes(stamp(space.clock.time_ns())))
+        if self.waits and revision:
+            await space.store.committed(revision)
+        return len(data)
+
+    async def sync(self, data_only: bool) -> None:
+        record = self.space.record(self.node)
+        if record is not None:
+            await self.space.store.committed(record.mod_revision)
