@@ -8,6 +8,8 @@ daemon and waiting until the mount answers. Not here: the daemon (`daemon.py`), 
 import argparse
 import enum
 import os
+import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,10 +17,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from aspenfs import errors
-from aspenfs.cli import mountpoint, ready
+from aspenfs.cli import ready
 from aspenfs.cli.options import MountOptions, parse_mount
 from aspenfs.cli.paths import StateDirectory
+from aspenfs.fuse import mounts
 
+FILE_SYSTEM_TYPE = "fuse.aspen"
 FUSE_DEVICE = "/dev/fuse"
 FUSE_CONFIGURATION = "/etc/fuse.conf"
 LOG_BYTES_MAX = 16 << 20  # a longer log moves to daemon.log.1 at the next start
@@ -138,7 +142,7 @@ def _check_rights(options: MountOptions) -> None:
     """What only root may ask for."""
     if os.geteuid() == 0:
         return
-    if options.allow_other and not _user_allow_other():
+    if options.allow_other and not user_allow_other(Path(FUSE_CONFIGURATION)):
         raise Refused(
             ExitCode.USAGE,
             f"option allow_other: {FUSE_CONFIGURATION} does not let users have it; "
@@ -149,9 +153,10 @@ def _check_rights(options: MountOptions) -> None:
             raise Refused(ExitCode.USAGE, f"option {name}: only root may mount with it")
 
 
-def _user_allow_other() -> bool:
+def user_allow_other(configuration: Path) -> bool:
+    """Whether fuse.conf lets users other than root have allow_other."""
     try:
-        lines = Path(FUSE_CONFIGURATION).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = configuration.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return False
     return any(line.strip() == "user_allow_other" for line in lines)
@@ -167,17 +172,55 @@ def _check_fuse() -> None:
             "a container must be given the device (--device /dev/fuse --cap-add SYS_ADMIN)",
         ) from None
     except OSError as error:
-        raise Refused(ExitCode.SYSTEM, f"{FUSE_DEVICE} cannot be opened: {error.strerror}") from None
+        # For a user it is fusermount3, which is setuid root, that opens the device.
+        if os.geteuid() == 0 or not isinstance(error, PermissionError):
+            raise Refused(ExitCode.SYSTEM, f"{FUSE_DEVICE} cannot be opened: {error.strerror}") from None
+    if os.geteuid() and shutil.which("fusermount3") is None:
+        raise Refused(ExitCode.SYSTEM, "fusermount3 is missing: install it (Debian: apt-get install fuse3)")
 
 
 def _prepare_mountpoint(path: str) -> str:
+    """The resolved path, where one can mount now. What is not ours may be mounted over, as by mount(8)."""
+    _clear(path)
+    resolved = os.path.realpath(path)  # nothing hangs there, so it may be touched
+    if resolved != path:
+        _clear(resolved)
     try:
-        resolved, recovered = mountpoint.prepare(path)
-    except errors.AspenError as error:
-        raise Refused(ExitCode.MOUNT_FAILED, str(error)) from None
+        is_directory = stat.S_ISDIR(os.stat(resolved).st_mode)
+    except FileNotFoundError:
+        raise Refused(
+            ExitCode.MOUNT_FAILED, f"{path}: the mountpoint does not exist; `mkdir -p {path}` makes it"
+        ) from None
+    except OSError as error:
+        raise Refused(ExitCode.MOUNT_FAILED, f"{path}: {error.strerror}") from None
+    if not is_directory:
+        raise Refused(ExitCode.MOUNT_FAILED, f"{path}: the mountpoint is not a directory")
+    return resolved
+
+
+def _clear(path: str) -> None:
+    """Removes what killed daemons have left at `path`; refuses if a daemon lives there, well or not."""
+    try:
+        recovered = mounts.recover_stale(path)
+    except OSError as error:
+        raise Refused(
+            ExitCode.MOUNT_FAILED, f"{path}: the mount of a killed daemon cannot be removed: {error.strerror}"
+        ) from None
     if recovered:
         print(f"mount.aspen: {path}: removed the mount that a killed daemon had left", file=sys.stderr)
-    return resolved
+    match mounts.probe(path):
+        case mounts.State.HUNG:
+            raise Refused(
+                ExitCode.MOUNT_FAILED,
+                f"{path}: mounted, but its daemon does not answer; end that daemon, or `umount -l {path}`",
+            )
+        case mounts.State.SERVED if (
+            mounted := mounts.find_mount(path)
+        ) and mounted.fs_type == FILE_SYSTEM_TYPE:
+            raise Refused(
+                ExitCode.MOUNT_FAILED,
+                f"{path}: {mounted.source} is already mounted here; `umount {path}` ends that mount",
+            )
 
 
 def _prepare_state(options: MountOptions) -> StateDirectory:
@@ -192,10 +235,11 @@ def _prepare_state(options: MountOptions) -> StateDirectory:
         )
     if options.create:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not path.is_dir():
+    elif not path.is_dir() or directory.is_vacant():
+        # Never a new, empty cluster by accident, just because the disk with the old one is not there.
         raise Refused(
             ExitCode.MOUNT_FAILED,
-            f"{directory.path}: no state directory here; if a new cluster is wanted, add -o create, "
+            f"{directory.path}: holds no cluster; if a new one is wanted, add -o create, "
             "else name the right place with -o state_dir=",
         )
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
@@ -251,10 +295,10 @@ def _start_daemon(options: MountOptions, directory: StateDirectory) -> None:
 
 def _check_mounted(path: str, log: Path) -> None:
     """Trusts the mount table and an answer, not the daemon's word."""
-    mounted = mountpoint.topmost(path)
-    if mounted is None or mounted.file_system_type != mountpoint.FILE_SYSTEM_TYPE or mountpoint.probe(path):
+    state = mounts.probe(path)
+    if state is not mounts.State.SERVED:
         raise Refused(
-            ExitCode.MOUNT_FAILED, f"{path}: the daemon runs, but the mount does not answer; see {log}"
+            ExitCode.MOUNT_FAILED, f"{path}: the daemon was ready, but now: {state.value}; see {log}"
         )
 
 
