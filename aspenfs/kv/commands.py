@@ -111,8 +111,9 @@ def check_lease(lease: int, ttl_ms: int) -> None:
         raise errors.InvalidArgument(f"a lease lives for 1 to {LEASE_TTL_MS_MAX} ms, not {ttl_ms!r}")
 
 
-def check_size(compares: Sequence[Compare], then: Sequence[Operation], else_: Sequence[Operation],
-               encoded_len: int) -> None:
+def check_size(
+    compares: Sequence[Compare], then: Sequence[Operation], else_: Sequence[Operation], encoded_len: int
+) -> None:
     """Raises unless the transaction is well-formed and within bounds.
 
     TxnTooLarge: too many items or bytes. NameTooLong: a key. TooLarge: a value. InvalidArgument: an

@@ -43,8 +43,16 @@ class _Waiter:
 class Engine:
     """The store of one node, without its log. `index` is that of the last entry in `base`."""
 
-    def __init__(self, base: State, clock: Clock, entropy: Entropy, event_factory: Callable[[], Signal], *,
-                 index: int = 0, observer_failed: Callable[[Exception], object] | None = None) -> None:
+    def __init__(
+        self,
+        base: State,
+        clock: Clock,
+        entropy: Entropy,
+        event_factory: Callable[[], Signal],
+        *,
+        index: int = 0,
+        observer_failed: Callable[[Exception], object] | None = None,
+    ) -> None:
         """`observer_failed` hears of an observer that raised, and the entry stands; without it the error
         is raised from `accept`, after all observers were called (for tests)."""
         self.overlay = Overlay(base)
@@ -61,8 +69,13 @@ class Engine:
         self._recall()
 
     # --- commands ---
-    def txn_command(self, compares: Sequence[Compare], then: Sequence[Operation],
-                    else_: Sequence[Operation] = (), dedup: Dedup | None = None) -> tuple[Command, bytes]:
+    def txn_command(
+        self,
+        compares: Sequence[Compare],
+        then: Sequence[Operation],
+        else_: Sequence[Operation] = (),
+        dedup: Dedup | None = None,
+    ) -> tuple[Command, bytes]:
         """The checked command and its bytes. TxnTooLarge, NameTooLong, TooLarge, InvalidArgument."""
         command = _new(Command, (TXN, self._clock.time_ns(), dedup, (compares, then, else_)))
         encoded = commands.encode(command)
@@ -161,8 +174,11 @@ class Engine:
         self._last = index
         self._recall()
         self._fail_waiters(index, errors.Lost(f"accepted work above revision {index} was lost"))
-        self._notify(index, [Event(key, self.overlay.get(key), record) for key, record in lost
-                             if key >= keys.USER_START], None)
+        self._notify(
+            index,
+            [Event(key, self.overlay.get(key), record) for key, record in lost if key >= keys.USER_START],
+            None,
+        )
 
     def close(self, error: errors.AspenError) -> None:
         """Fails everybody who waits or watches, now and later, with `error`."""
@@ -247,8 +263,16 @@ class Engine:
             return self.overlay.get(key)
         return history.get_at(self.overlay, key, revision)
 
-    def range(self, start: bytes, end: bytes, *, limit: int = 0, revision: int | None = None,
-              keys_only: bool = False, reverse: bool = False) -> list[tuple[bytes, Record]]:
+    def range(
+        self,
+        start: bytes,
+        end: bytes,
+        *,
+        limit: int = 0,
+        revision: int | None = None,
+        keys_only: bool = False,
+        reverse: bool = False,
+    ) -> list[tuple[bytes, Record]]:
         start = max(start, keys.USER_START)
         if limit < 0:
             raise errors.InvalidArgument(f"limit {limit}")
@@ -299,8 +323,10 @@ class Engine:
     def leases(self) -> list[tuple[int, int, int]]:
         """(id, ttl_ms, remaining_ms) by id; the time left if log time went on to this clock's time."""
         now = max(leases.log_time(self.overlay), self._clock.time_ns())
-        return [(lease.lease, lease.ttl_ms, max(0, lease.deadline_ns - now) // _NS_PER_MS)
-                for lease in leases.everyone(self.overlay)]
+        return [
+            (lease.lease, lease.ttl_ms, max(0, lease.deadline_ns - now) // _NS_PER_MS)
+            for lease in leases.everyone(self.overlay)
+        ]
 
     def expired_leases(self, time_ns: int) -> list[int]:
         """The leases that would end if log time went on to `time_ns`."""

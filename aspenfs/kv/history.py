@@ -102,8 +102,9 @@ def get_at(state: State, key: bytes, revision: int) -> Record | None:
     return found[1] if found is not None and found[1].version else None
 
 
-def items_at(state: State, start: bytes, end: bytes, revision: int, *,
-             reverse: bool = False) -> Iterator[tuple[bytes, Record]]:
+def items_at(
+    state: State, start: bytes, end: bytes, revision: int, *, reverse: bool = False
+) -> Iterator[tuple[bytes, Record]]:
     """The items of [start, end), within one keyspace with history, as of `revision`."""
     live = state.items(start, end, reverse=reverse)
     old = _versions_at(state, start, end, revision, reverse)
@@ -123,8 +124,9 @@ def items_at(state: State, start: bytes, end: bytes, revision: int, *,
             yield key, record
 
 
-def _versions_at(state: State, start: bytes, end: bytes, revision: int,
-                 reverse: bool) -> Iterator[tuple[bytes, Record]]:
+def _versions_at(
+    state: State, start: bytes, end: bytes, revision: int, reverse: bool
+) -> Iterator[tuple[bytes, Record]]:
     """For each key with stored versions the newest of them at or below `revision`."""
     best: tuple[bytes, Record] | None = None
     # A bound sorts as the first key of its kind does, so it is escaped like a key, without revision.
@@ -140,8 +142,9 @@ def _versions_at(state: State, start: bytes, end: bytes, revision: int,
         yield best
 
 
-def next_batch(state: State, start: bytes, end: bytes, from_revision: int,
-               upto: int) -> tuple[int, Batch | None]:
+def next_batch(
+    state: State, start: bytes, end: bytes, from_revision: int, upto: int
+) -> tuple[int, Batch | None]:
     """The first batch with events in [start, end) in revisions [from_revision, upto], and where to go on.
 
     None when there is none; then all of them have been looked at. Looks at a bounded number of rows.

@@ -58,14 +58,14 @@ def require(state: State, lease: int) -> Lease:
 def everyone(state: State) -> Iterator[Lease]:
     """Every lease, by id."""
     for key, row in state.items(keys.LEASE, _LEASES_END):
-        yield Lease(int.from_bytes(key[len(keys.LEASE):], "big"), *_ROW.unpack(row.value))
+        yield Lease(int.from_bytes(key[len(keys.LEASE) :], "big"), *_ROW.unpack(row.value))
 
 
 def attached(state: State, lease: int) -> Iterator[bytes]:
     """The keys that hang on `lease`, in order."""
     prefix = keys.attached_prefix(lease)
     for key, _ in state.items(prefix, prefix_end(prefix)):
-        yield key[len(prefix):]
+        yield key[len(prefix) :]
 
 
 def written(index: int, lease: Lease) -> Effect:

@@ -23,8 +23,13 @@ class LocalStore:
     """A Store without a log. `event_factory` makes one-shot events of the caller's loop (trio.Event);
     `journal`, if given, gets the index and the bytes of each entry before it is accepted."""
 
-    def __init__(self, clock: Clock, entropy: Entropy, event_factory: Callable[[], Signal],
-                 journal: Journal | None = None) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        entropy: Entropy,
+        event_factory: Callable[[], Signal],
+        journal: Journal | None = None,
+    ) -> None:
         self.state = MemoryState()
         self.engine = Engine(self.state, clock, entropy, event_factory)
         self._journal = journal
@@ -38,9 +43,15 @@ class LocalStore:
     def scan(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, Record]]:
         return self.engine.scan(start, end)
 
-    async def txn(self, compares: Sequence[Compare], then: Sequence[Operation],
-                  else_: Sequence[Operation] = (), *, dedup: Dedup | None = None,
-                  origin: object = None) -> TxnResult:
+    async def txn(
+        self,
+        compares: Sequence[Compare],
+        then: Sequence[Operation],
+        else_: Sequence[Operation] = (),
+        *,
+        dedup: Dedup | None = None,
+        origin: object = None,
+    ) -> TxnResult:
         command, encoded = self.engine.txn_command(compares, then, else_, dedup)
         result = self._run(command, encoded, origin).result
         assert isinstance(result, TxnResult)

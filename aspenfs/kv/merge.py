@@ -48,7 +48,7 @@ def apply_edits(value: bytes, attributes: Attributes, edits: Sequence[Edit]) -> 
             _, offset, data = edit
             if offset > size:
                 buffer.extend(bytes(offset - size))
-            buffer[offset:offset + len(data)] = data
+            buffer[offset : offset + len(data)] = data
             size = len(buffer)
         elif code == APPEND:
             buffer += edit[1]

@@ -48,7 +48,7 @@ def remembered(state: State, index: int, client: bytes, sequence: int, result: T
         effects.append((_at(row.mod_revision, client), None))
     due = state.items(keys.CLIENT_AT, _at(max(index - DEDUP_REVISIONS + 1, 0), b""))
     for key, _ in islice(due, _EXPIRED_AT_ONCE):
-        expired = key[len(keys.CLIENT_AT) + 8:]
+        expired = key[len(keys.CLIENT_AT) + 8 :]
         if expired != client:
             effects += ((key, None), (keys.CLIENT + expired, None))
     effects.append((keys.CLIENT + client, internal(index, value)))

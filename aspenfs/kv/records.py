@@ -68,7 +68,7 @@ def _unpack_full(data: bytes | memoryview, first: int, counts: tuple[int, int, i
         if flags & _ATTRIBUTED:
             (size,) = _LENGTH.unpack_from(data, offset)
             offset += 4
-            attributes = msgpack.unpackb(data[offset:offset + size])
+            attributes = msgpack.unpackb(data[offset : offset + size])
             offset += size
             if type(attributes) is not dict:
                 raise _corrupt("the attributes of a record are no map")

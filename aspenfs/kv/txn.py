@@ -33,8 +33,13 @@ _WRITES = (PUT, MERGE)
 Known = dict[bytes, Record | None]
 
 
-def run(state: State, index: int, compares: Sequence[Compare], then: Sequence[Operation],
-        else_: Sequence[Operation]) -> Outcome:
+def run(
+    state: State,
+    index: int,
+    compares: Sequence[Compare],
+    then: Sequence[Operation],
+    else_: Sequence[Operation],
+) -> Outcome:
     """The outcome of the transaction as entry `index`.
 
     A key changed more than once counts as changed once: the last value wins, its version goes up by one,
@@ -74,8 +79,8 @@ def run(state: State, index: int, compares: Sequence[Compare], then: Sequence[Op
                 create, version, ordinal = index, 1, created
                 created += 1
             else:
-                value, create, version, lease, ordinal, attributes = _parts(held)
-                if held[2] != index:
+                value, create, modified, version, lease, ordinal, attributes = held
+                if modified != index:
                     version += 1
             if code == MERGE:
                 value, attributes = apply_edits(value, attributes, operation[2])
@@ -93,11 +98,6 @@ def run(state: State, index: int, compares: Sequence[Compare], then: Sequence[Op
     if not after:
         return _new(Outcome, (result, (), ()))
     return _settled(index, result, before, after)
-
-
-def _parts(held: Record) -> tuple[bytes, int, int, int, int, types.Attributes]:
-    value, create, _, version, lease, ordinal, attributes = held
-    return value, create, version, lease, ordinal, attributes
 
 
 def _settled(index: int, result: TxnResult, before: Known, after: Known) -> Outcome:
