@@ -21,7 +21,7 @@ during an fdatasync. An append waits for more only when a segment is full and th
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from aspenfs.errors import Closed, NoSpace, StorageError, SyncFailed, TxnTooLarge
@@ -72,6 +72,8 @@ class Wal:
         # frames say of it; `_unsynced` are full segments that still wait for their fdatasync.
         self._synced = (0, 0)
         self._synced_index = self._sync_floor = found.last_index
+        # (segment number, offset): how far the log said that it was durable, when it was opened
+        self.claimed_at_open = found.synced
         self._claim = 0
         self._clean: tuple[int, int] = (0, 0)
         self._unsynced: list[Segment] = []
@@ -92,12 +94,15 @@ class Wal:
         *,
         segment_bytes: int = WAL_SEGMENT_BYTES,
         background: bool = True,
+        claim: bool = True,
     ) -> "Wal":
         """The log in `directory` (made if missing), recovered and durable up to `last_index`.
 
         Raises Corrupt when something that had been durable does not read back (nothing was changed
         then), StorageError for another cluster's log, SyncFailed, NoSpace.
         `background=False` does all work in the calling threads, for simulation.
+        `claim=False`: the next frame is the first to say that what was found is durable, so that the
+        caller may `truncate_after` entries behind `claimed_at_open` that lost what they name.
         """
         assert len(cluster_id) == CLUSTER_ID_BYTES
         assert segment_bytes >= SEGMENT_BYTES_MIN
@@ -126,7 +131,8 @@ class Wal:
                 segment.file.close()
             if found.torn_bytes:
                 logger.info("wal torn tail dropped directory=%s bytes=%d", directory, found.torn_bytes)
-            wal._mark(wal._synced)
+            if claim:
+                wal._mark(wal._synced)
             pool.stir()
         except BaseException as error:
             pool.close()
@@ -354,9 +360,11 @@ class Wal:
                 raise self._dead
             names = []
             segments = self._segments
-            while len(segments) > 1 and segments[1].base < before_index:
-                # The successor takes over where the log starts, so its BEGIN must be durable.
-                if self._synced < (segments[1].number, segments[1].begin_end):
+            while len(segments) > 1:
+                # The successor takes over where the log starts, so its BEGIN must be durable; and
+                # its BEGIN, not a truncation since then, tells what a crash may bring back.
+                begin, begin_at = segments[1].begin, (segments[1].number, segments[1].begin_end)
+                if begin is None or begin.index >= before_index or self._synced < begin_at:
                     break
                 names.append(segments.pop(0).name)
             if not names:
@@ -368,9 +376,11 @@ class Wal:
 
     # --- durability ---
 
-    def sync(self) -> int:
+    def sync(self, before: Callable[[], object] | None = None) -> int:
         """Make durable what was appended before the call; the index up to which all entries are.
 
+        `before` runs once it is settled which entries those are, ahead of the first fdatasync: there
+        the caller makes durable what they name. If it raises, nothing was done.
         Blocks for one fdatasync (two when a segment was filled meanwhile); callers queue up.
         Raises SyncFailed, and then the log is dead.
         """
@@ -387,6 +397,8 @@ class Wal:
                 full = list(self._unsynced)
                 if target == self._clean:
                     return self._synced_index
+            if before is not None:
+                before()
             try:
                 for segment in full:
                     segment.file.datasync()
