@@ -2,8 +2,8 @@
 
 For each segment: (1) its live chunks are read, verified and appended to the current segment; the
 old place stays in the index beside the new one, so that a deletion meanwhile kills both copies;
-(2) tombstones of it that are still needed are appended too; (3) sync; (4) its places leave the index;
-(5) it is unlinked. A crash before (5) leaves two copies of some chunks, which does no harm and
+(2) tombstones of it that are still needed are appended too; (3) sync; (4) it is unlinked; (5) its
+places leave the index. A crash before (4) leaves two copies of some chunks, which does no harm and
 ends with the next collection. A chunk that can not be read keeps its segment where it is.
 """
 
@@ -116,7 +116,7 @@ class _Move:
         header = segments.header(location)
         chunk = segments.chunk(location, header)
         for other in self._index.find(prefix):
-            if other >> 32 != location >> 32:
+            if other >> 32 != location >> 32 and other >> 32 in segments.segments:
                 try:
                     there = segments.header(other)
                     if there.digest == header.digest:
@@ -150,13 +150,23 @@ class _Move:
             copied = 0
             if not segments.is_durable(position):
                 segments.sync()
-        cost = 0
-        for prefix, offset, _ in self._table.chunks():
-            self._index.remove(prefix, self._base | offset)
-            self._damaged.discard(self._base | offset)
-            cost += _ENTRY_COST
-            if cost >= self._step_bytes:
-                yield CollectStep(segment.id, 0, 0, False)
-                cost = 0
+        # The file first: a place that left the index earlier would escape a deletion that comes
+        # between two steps, and be found alive again if the process ended before the unlink.
         segments.remove(segment)
-        yield CollectStep(segment.id, copied, segment.end, False)
+        entries = self._table.chunks()
+        try:
+            yield CollectStep(segment.id, copied, segment.end, False)
+            cost = 0
+            for prefix, offset, _ in entries:
+                self._forget(prefix, offset)
+                cost += _ENTRY_COST
+                if cost >= self._step_bytes:
+                    yield CollectStep(segment.id, 0, 0, False)
+                    cost = 0
+        finally:
+            for prefix, offset, _ in entries:  # none are left, unless the collection was dropped
+                self._forget(prefix, offset)
+
+    def _forget(self, prefix: int, offset: int) -> None:
+        self._index.remove(prefix, self._base | offset)
+        self._damaged.discard(self._base | offset)

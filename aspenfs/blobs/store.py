@@ -120,7 +120,7 @@ class BlobStore:
             self._pay()
         for digest in digests:
             prefix = prefix_of(digest)
-            for location in list(self._index.find(prefix)):
+            for location in self._places(prefix):
                 try:
                     header = self._segments.header(location)
                     if header.digest != digest:
@@ -149,9 +149,17 @@ class BlobStore:
         except NoSpace:
             pass
 
+    def _places(self, prefix: int) -> Sequence[int]:
+        """Where chunks with that prefix lie; places whose segment was just collected left out."""
+        found = self._index.find(prefix)
+        if not found:
+            return found
+        segments = self._segments.segments
+        return [location for location in found if location >> 32 in segments]
+
     def _locate(self, digest: bytes) -> RecordHeader | None:
         """The header of a copy not known to be damaged."""
-        for location in self._index.find(prefix_of(digest)):
+        for location in self._places(prefix_of(digest)):
             if location not in self._damaged:
                 try:
                     header = self._segments.header(location)
@@ -164,7 +172,7 @@ class BlobStore:
 
     def _read(self, digest: bytes) -> bytes:
         problem: Corrupt | None = None
-        for location in self._index.find(prefix_of(digest)):
+        for location in self._places(prefix_of(digest)):
             try:
                 header = self._segments.header(location)
                 if header.digest != digest:

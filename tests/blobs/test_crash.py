@@ -1,0 +1,143 @@
+"""Power fails, or the process is killed, inside every single disk operation of a busy life.
+
+The same scripted life is led again and again, and ended at operation 1, 2, 3 … After each end
+the store is opened and compared with what had been promised by then.
+"""
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from aspenfs.blobs.format import digest_of
+from aspenfs.blobs.store import BlobStore
+from aspenfs.sim.disk import SimDisk, SimulatedCrash
+
+SEGMENT_BYTES = 4096
+
+
+class Promises:
+    """What the store has promised so far, by digest."""
+
+    def __init__(self) -> None:
+        self.contents: dict[bytes, bytes] = {}
+        self.put: set[bytes] = set()  # put returned, not deleted since
+        self.durable: set[bytes] = set()  # and a sync has returned since
+        self.deleted: set[bytes] = set()  # delete returned, not put since
+
+
+def live(disk: SimDisk, seed: int, promises: Promises) -> None:
+    """A life of puts, syncs, deletions and collections, over what earlier lives have left."""
+    rng = random.Random(seed)
+    store = BlobStore.open(disk, segment_bytes=SEGMENT_BYTES)
+    for _ in range(40):
+        dice = rng.random()
+        if dice < 0.55:
+            data = rng.randbytes(rng.choice((1, 60, 500, 900, 2000, 5000)))
+            digest = digest_of(data)
+            promises.contents[digest] = data
+            promises.deleted.discard(digest)
+            store.put(data)
+            promises.put.add(digest)
+        elif dice < 0.7:
+            store.sync()
+            promises.durable |= promises.put
+        elif dice < 0.85 and promises.put:
+            doomed = rng.sample(sorted(promises.put), rng.randint(1, min(4, len(promises.put))))
+            promises.put.difference_update(doomed)
+            promises.durable.difference_update(doomed)
+            store.delete(doomed)
+            promises.deleted.update(doomed)
+        else:
+            steps = rng.randint(1, 60)
+            for step in store.collect(2048):
+                steps -= 1
+                if step.needs_sync and rng.random() < 0.7:
+                    store.sync()
+                    promises.durable |= promises.put
+                if not steps:
+                    break
+    store.close()
+    promises.durable |= promises.put
+
+
+def check(store: BlobStore, promises: Promises, *, killed: bool) -> None:
+    promised = promises.put if killed else promises.durable
+    for digest, data in promises.contents.items():
+        if digest in promised:
+            assert store.has(digest)
+        if killed and digest in promises.deleted:
+            assert not store.has(digest)
+        if store.has(digest):
+            assert store.get(digest) == data
+    findings = list(store.verify())
+    assert [finding for finding in findings if finding.problem] == []
+    assert {finding.digest for finding in findings} <= set(promises.contents)
+
+
+def sweep(end: Callable[[SimDisk, int], None], seed: int, *, killed: bool) -> None:
+    disk = SimDisk(seed)
+    live(disk, seed, Promises())
+    for at in range(1, disk.operations + 1):
+        disk, promises = SimDisk(seed * 100_003 + at), Promises()
+        end(disk, at)
+        with pytest.raises(SimulatedCrash):
+            live(disk, seed, promises)
+        disk.restart()
+        store = BlobStore.open(disk, segment_bytes=SEGMENT_BYTES)
+        check(store, promises, killed=killed)
+        # Opening made all it found durable, and the next life goes on from there.
+        found = {digest for digest in promises.contents if store.has(digest)}
+        promises.put, promises.durable, promises.deleted = set(found), set(found), set()
+        live(disk, seed + 1, promises)
+        disk.crash()
+        disk.restart()
+        check(BlobStore.open(disk, segment_bytes=SEGMENT_BYTES), promises, killed=False)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_power_failure_at_any_operation_loses_nothing_that_was_synced(seed: int) -> None:
+    sweep(SimDisk.crash_at, seed, killed=False)
+
+
+@pytest.mark.parametrize("seed", range(10, 12))
+def test_a_kill_at_any_operation_loses_nothing_that_was_put(seed: int) -> None:
+    sweep(SimDisk.kill_at, seed, killed=True)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_crash_at_any_operation_of_opening_after_a_crash(seed: int) -> None:
+    for at in range(1, 60):
+        disk, promises = SimDisk(seed * 1009 + at), Promises()
+        disk.crash_at(60 + 3 * seed)
+        with pytest.raises(SimulatedCrash):
+            live(disk, seed, promises)
+        disk.restart()
+        disk.crash_at(disk.operations + at)
+        try:
+            BlobStore.open(disk, segment_bytes=SEGMENT_BYTES)
+        except SimulatedCrash:
+            disk.restart()
+        else:
+            disk.crash()
+            disk.restart()
+        check(BlobStore.open(disk, segment_bytes=SEGMENT_BYTES), promises, killed=False)
+
+
+def test_chunks_read_after_a_failed_sync_and_a_restart_are_written_once_more() -> None:
+    """The kernel calls pages clean that a failed fsync has lost: a later sync alone saves nothing."""
+    for seed in range(30):
+        disk = SimDisk(seed)
+        store = BlobStore.open(disk)
+        digests = [store.put(bytes([n]) * 700) for n in range(20)]
+        disk.fail("datasync", 5)
+        with pytest.raises(Exception, match="restart"):
+            store.sync()
+        disk.kill()
+        disk.restart()
+        store = BlobStore.open(disk)
+        assert all(store.has(digest) for digest in digests)
+        disk.crash()
+        disk.restart()
+        store = BlobStore.open(disk)
+        assert [bytes(store.get(digest)) for digest in digests] == [bytes([n]) * 700 for n in range(20)]
