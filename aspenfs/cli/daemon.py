@@ -21,6 +21,7 @@ from aspenfs.cli.lock import StateLock
 from aspenfs.cli.options import MountOptions
 from aspenfs.cli.paths import StateDirectory, state_directory
 from aspenfs.cli.ready import OPTIONS_VARIABLE, ready_fd, report, sd_notify
+from aspenfs.cli.telemetry import describe
 from aspenfs.filesystem.layout import named_digests
 from aspenfs.filesystem.volume import Volume
 from aspenfs.fuse.loop import SPIN_US
@@ -34,8 +35,8 @@ from aspenfs.runtime.disk import RealDisk
 from aspenfs.runtime.host import NodeStore
 from aspenfs.runtime.system import SystemClock, SystemEntropy
 from aspenfs.vfs.filesystem import FileSystem
-from aspenfs.vfs.tree import Tree, Usage
-from aspenfs.views.cluster import ClusterTree
+from aspenfs.vfs.tree import Usage
+from aspenfs.views import VIEWS, Resources
 from aspenfs.views.files import FilesTree
 from aspenfs.views.kv import KVTree
 
@@ -45,7 +46,7 @@ EXIT_OK: Final = 0
 EXIT_SYSTEM: Final = 2
 EXIT_MOUNT: Final = 32
 HOUSEKEEPING_S: Final = 2.0  # access times are written and garbage is collected this often
-SWITCH_INTERVAL_S: Final = 0.0005  # the applier's turns at the interpreter are short: requests come first
+GC_THRESHOLDS: Final = (50_000, 20, 100)  # a listing of thousands of entries is not garbage
 
 
 class Node:
@@ -53,28 +54,45 @@ class Node:
 
     def __init__(self, options: MountOptions, directory: StateDirectory) -> None:
         self.options, self.directory = options, directory
-        self.clock = SystemClock()
-        disk = RealDisk(str(directory.path))
+        self.clock = clock = SystemClock()
+        disk = RealDisk(directory.path)
         self.blobs = BlobStore.open(disk)
         self.store = NodeStore.open(
             directory.path,
-            disk,
-            self.clock,
+            clock,
             SystemEntropy(),
             name=options.name,
+            disk=disk,
             pre_sync=[self._sync_blobs],
             verify_entry=self._names_only_blobs_that_are_there,
         )
-        self.volume = Volume(self.store, self.blobs, self.clock)
-        self.files = FilesTree(self.volume, self._usage, atime=options.atime != "noatime")
-        self.kv = KVTree(self.store, self.clock)
-        self.cluster = ClusterTree(self.status, self.clock)
-        self.trees: Sequence[Tree] = (self.files, self.kv, self.cluster)
-        self.filesystem = FileSystem(self.trees, self.clock.time_ns())
+        if self.store.identity.name != options.name:
+            raise errors.InvalidArgument(
+                f"{directory.path} holds the cluster {self.store.identity.name!r}, not {options.name!r}: "
+                "mount it by its name, or name another state directory with -o state_dir="
+            )
+        self.volume = Volume(self.store, self.blobs, clock)
+        resources = Resources(
+            store=self.store,
+            volume=self.volume,
+            clock=clock,
+            status=self.status,
+            usage=self._usage,
+            atime=options.atime != "noatime",
+            uid=os.geteuid(),
+            gid=os.getegid(),
+        )
+        trees = {name: make(resources) for name, make in VIEWS.items()}
+        files, kv = trees["files"], trees["kv"]
+        assert isinstance(files, FilesTree)
+        assert isinstance(kv, KVTree)
+        self.files = files
+        self.origins = (self.volume, kv.origin)
+        self.filesystem = FileSystem(list(trees.values()), clock.time_ns())
         self.notifier = Notifier(lambda: list(self.filesystem.known))
         self.stop = trio.Event()
         if options.consistency == "strict":
-            for tree in self.trees:
+            for tree in trees.values():
                 tree.attr_timeout_s = tree.entry_timeout_s = tree.negative_timeout_s = 0.0
 
     # --- ports that the floors below are given ---
@@ -93,30 +111,13 @@ class Node:
 
     def status(self) -> Mapping[str, Any]:
         """What cluster/ and `aspen status` show."""
-        blobs = self.blobs.stats()
-        fs = self.filesystem
-        notifier = self.notifier.statistics()
-        return {
-            **self.store.status(),
-            "name": self.options.name,
-            "pid": os.getpid(),
-            "mountpoint": self.options.mountpoint,
-            "state_directory": str(self.directory.path),
-            "inodes": self.volume.inode_count(),
-            "inodes_known": len(fs.known),
-            "handles": len(fs.handles),
-            "blob_chunks": blobs.chunks,
-            "blob_bytes": blobs.live_bytes,
-            "blob_segments": blobs.segments,
-            "invalidations_told": notifier.told,
-            "invalidations_pending": notifier.pending,
-        }
+        return describe(self.options, self.store, self.blobs, self.volume, self.filesystem, self.notifier)
 
     # --- coherence ---
 
     def observe(self, revision: int, events: Sequence[Event], origin: object) -> None:
         """A change that did not come through this mount makes the kernel's caches stale."""
-        if origin is self.volume or origin is self.kv:
+        if origin in self.origins:
             return
         notifier = self.notifier
         for event in events:
@@ -146,6 +147,7 @@ class Node:
                 nursery.start_soon(self._signals)
                 gc.collect()
                 gc.freeze()
+                gc.set_threshold(*GC_THRESHOLDS)
                 await serve(
                     Operations(self.filesystem, self._presentation()),
                     options.mountpoint,
@@ -225,7 +227,6 @@ def main() -> int:
         return code
 
     directory = state_directory(os.environ, os.geteuid(), options.state_dir)
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
     os.umask(0o077)
     try:
         with StateLock.acquire(directory):

@@ -1,0 +1,75 @@
+"""What a node tells of itself: one mapping for cluster/, `aspen status` and Prometheus.
+
+The keys that `views/cluster.py` and `cli/status.py` know, and below `metrics` the figures.
+"""
+
+import os
+import resource
+from collections.abc import Mapping
+from typing import Any, Final
+
+from aspenfs.blobs.store import BlobStore
+from aspenfs.cli.options import MountOptions
+from aspenfs.filesystem.volume import Volume
+from aspenfs.fuse.notifier import Notifier
+from aspenfs.runtime.host import NodeStore
+from aspenfs.vfs.filesystem import FileSystem
+
+_FULL: Final = {
+    "cause": "the disk of the state directory is full",
+    "advice": "free some space there; writes get ENOSPC until then, and work again without a restart",
+}
+_COUNTERS: Final = {"revision", "committed", "applied", "durable", "syncs", "applied_batches"}
+
+
+def describe(
+    options: MountOptions,
+    store: NodeStore,
+    blobs: BlobStore,
+    volume: Volume,
+    filesystem: FileSystem,
+    notifier: Notifier,
+) -> Mapping[str, Any]:
+    """The state of a node with one mount, as plain values."""
+    figures = dict(store.status())
+    chunks, told = blobs.stats(), notifier.statistics()
+    state = str(figures.pop("state"))
+    name = str(figures["cluster"])
+    healthy = state == "ok"
+    problems = [] if healthy else [_FULL]
+    numbers: dict[str, int | float] = {
+        **{key: value for key, value in figures.items() if isinstance(value, int)},
+        "inodes": volume.inode_count(),
+        "inodes_known": len(filesystem.known),
+        "handles": len(filesystem.handles),
+        "blob_chunks": chunks.chunks,
+        "blob_live_bytes": chunks.live_bytes,
+        "blob_total_bytes": chunks.total_bytes,
+        "blob_damaged": chunks.damaged,
+        "invalidations": told.told,
+        "invalidations_pending": told.pending,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    if chunks.damaged:
+        problems.append({
+            "cause": f"{chunks.damaged} blobs are damaged on disk",
+            "advice": "run `aspen check` to see which files they belong to, and restore those",
+        })
+        healthy = False
+    return {
+        "name": name,
+        "cluster_id": figures["cluster_id"],
+        "pid": os.getpid(),
+        "mountpoint": options.mountpoint,
+        "subtree": options.subtree,
+        "health": {"ok": healthy, **(problems[0] if problems else {})},
+        "problems": problems,
+        "leader": f"node {figures['node']}",
+        "members": [{"name": f"node {figures['node']}", "role": "voter", "state": state}],
+        "revision": figures["revision"],
+        "figures": numbers,
+        "metrics": {
+            f"aspen_{key}": {"type": "counter" if key in _COUNTERS else "gauge", "value": value}
+            for key, value in numbers.items()
+        },
+    }
