@@ -321,17 +321,21 @@ class TxnCases(Suite):
     async def test_wrong_types_are_refused_before_anything_is_ordered(self, subject: Subject) -> None:
         store = subject.store
         before = store.revision
-        wrong: Any
-        for wrong in (
-            put(b"k/a", bytearray(b"x")),
-            put(b"k/a", "x"),
-            put("k/a", b"x"),  # type: ignore[arg-type]
+        odd: Any = ("x", bytearray(b"x"), memoryview(b"x"), None, 1.5)
+        number: Any = True
+        operations: list[Operation] = [
+            *(put(b"k/a", value) for value in odd),
+            *(put(key, b"x") for key in odd),
+            *(put(b"k/a", b"", 0, {"f": value}) for value in odd if value != "x"),
+            put(b"k/a", b"", number),
+            put(b"k/a", b"", -1),
             merge(b"k/a", add(0, 1 << 63)),
+            merge(b"k/a", add(0, number)),
             merge(b"k/a", patch(-1, b"")),
-            (99, b"k/a"),
             merge(b"k/a", (99, 0)),
-            put(b"k/a", b"", 0, {"f": 1.5}),
-        ):  # type: ignore[dict-item]
+            (99, b"k/a"),
+        ]
+        for wrong in operations:
             with pytest.raises(errors.InvalidArgument):
                 await store.txn([], [wrong])
         assert store.revision == before
