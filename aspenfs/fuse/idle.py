@@ -15,7 +15,7 @@ SPIN_US: Final = 50  # default bound of the spin before a blocking wait
 
 _SLICE_S: Final = 0.000_25  # serve this long between visits while trio has something to run
 _VISIT_S: Final = 0.004  # visit at least this often while requests keep coming
-_BLOCK_S_MAX: Final = 1.0  # then look again, should anything have escaped the checks below
+_BLOCK_S_MAX: Final = 5.0  # then look again, should anything have escaped the checks below
 _SPIN_BACKOFF_MAX: Final = 255  # waits without a spin after a row of spins in vain
 
 
@@ -45,7 +45,7 @@ class Waiter:
         self._runnable = runnable
         self._next_deadline = runner.deadlines.next_deadline
         self._sleep_time = runner.clock.deadline_to_sleep_time
-        self._spin_s = spin_us / 1e6 if len(os.sched_getaffinity(0)) > 1 else 0.0
+        self._spin_s = spin_us / 1e6 if (os.cpu_count() or 1) > 1 else 0.0
         self._spins_to_skip = 0
         self._spin_backoff = 0
         self._fd = fd

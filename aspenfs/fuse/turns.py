@@ -207,10 +207,8 @@ class Session:
                 return
 
     def notify_closing(self, fd: int) -> None:
-        """`pyfuse3.terminate` was called: every waiting worker wakes up and finds the session ended."""
+        """`pyfuse3.terminate` was called: the holder finds the session ended, and so do its successors."""
         self._closing = True
-        while self._parked:
-            trio.lowlevel.reschedule(self._parked.pop().task)
         trio.lowlevel.notify_closing(fd)
 
 
