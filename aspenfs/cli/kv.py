@@ -136,7 +136,7 @@ Examples:
   aspen kv get app/db/host --json | jq .version
 """)
 @click.argument("key", type=Key())
-@click.option("--revision", type=click.IntRange(min=1), default=0, help="As it was at this revision.")
+@click.option("--revision", type=click.IntRange(min=0), default=0, help="As it was at this revision.")
 @click.option("--output", "-o", metavar="FILE", default="-", help="Write the value to FILE; - is stdout.")
 @json_option
 @base64_option
@@ -177,7 +177,7 @@ Examples:
 @click.argument("key", type=Key())
 @click.argument("value", required=False)
 @click.option("--file", metavar="FILE", help="Read the value from FILE.")
-@click.option("--lease", type=click.IntRange(min=1), default=0, help="The key goes when this lease ends.")
+@click.option("--lease", type=click.IntRange(min=0), default=0, help="The key goes when this lease ends.")
 @json_option
 @base64_option
 @click.pass_obj
@@ -264,9 +264,9 @@ Examples:
 @click.argument("key", type=Key())
 @click.argument("values", nargs=-1, required=True, metavar="[OLD] NEW")
 @click.option("--absent", is_flag=True, help="Instead of OLD: only if KEY is not there.")
-@click.option("--revision", type=click.IntRange(min=1), default=0,
+@click.option("--revision", type=click.IntRange(min=0), default=0,
               help="Instead of OLD: only if KEY was last changed at this revision (mod_revision).")
-@click.option("--lease", type=click.IntRange(min=1), default=0, help="The key goes when this lease ends.")
+@click.option("--lease", type=click.IntRange(min=0), default=0, help="The key goes when this lease ends.")
 @json_option
 @base64_option
 @click.pass_obj
@@ -318,8 +318,8 @@ Examples:
   aspen kv ls --null app/ | xargs -0 -n 100 aspen kv delete
 """)
 @click.argument("prefix", required=False, default="", type=Key())
-@click.option("--limit", type=click.IntRange(min=1), default=0, help="Stop after this many keys.")
-@click.option("--revision", type=click.IntRange(min=1), default=0, help="As it was at this revision.")
+@click.option("--limit", type=click.IntRange(min=0), default=0, help="Stop after this many keys.")
+@click.option("--revision", type=click.IntRange(min=0), default=0, help="As it was at this revision.")
 @click.option("--keys-only", is_flag=True, help="With --json: without values, which is faster.")
 @click.option("--long", "-l", "long_", is_flag=True, help="With revision, version, lease, size and time.")
 @click.option("--null", "-0", is_flag=True, help="End each key with NUL, for xargs -0.")

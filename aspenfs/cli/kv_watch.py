@@ -31,7 +31,7 @@ start {"type": "watching", "after_revision"}: from there on nothing is missed.
 """)
 @click.argument("prefix", required=False, default="", type=Key())
 @click.option("--exact", is_flag=True, help="PREFIX is one key, not the beginning of keys.")
-@click.option("--from-revision", type=click.IntRange(min=1), default=0,
+@click.option("--from-revision", type=click.IntRange(min=0), default=0,
               help="Begin with what changed at this revision.")
 @json_option
 @base64_option

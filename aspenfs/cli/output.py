@@ -53,10 +53,11 @@ class Failure(click.ClickException):
         super().__init__(message)
         self.advice, self.name = advice, name
         self.exit_code = exit_code  # type: ignore[misc]  # click documents it as the instance's, too
+        context = click.get_current_context(silent=True)
+        self._as_json = context is not None and bool(context.find_root().meta.get("json"))
 
     def show(self, file: IO[Any] | None = None) -> None:
-        context = click.get_current_context(silent=True)
-        if context is not None and context.find_root().meta.get("json"):
+        if self._as_json:
             click.echo(to_json({"error": self.name, "message": self.message, "advice": self.advice,
                                 "exit_code": self.exit_code}), err=True)
             return

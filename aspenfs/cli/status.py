@@ -68,7 +68,8 @@ def status(settings: Settings, as_json: bool) -> None:
 
 def _problems(directory: StateDirectory, daemon: Mapping[str, Any]) -> list[Problem]:
     """What the daemon complains about, and what it cannot see itself."""
-    problems = [Problem(str(one.get("cause")), str(one.get("advice", ""))) for one in daemon.get("problems", [])]
+    problems = [Problem(str(one.get("cause")), str(one.get("advice", "")))
+                for one in daemon.get("problems", [])]
     mountpoint = daemon.get("mountpoint")
     if mountpoint and mountpoint not in mounts():
         problems.append(Problem(
@@ -97,8 +98,8 @@ def _not_running(directory: StateDirectory, cause: str) -> Problem:
     who = "a daemon" if pid is None else f"the daemon with pid {pid}"
     if _locked(directory.lock):
         return Problem(f"{who} is at work on {directory.path} but does not answer: {cause}",
-                       f"it may still be starting: try again; else read {directory.log}, then kill it and mount "
-                       "again: what was written is kept")
+                       f"it may still be starting: try again; else read {directory.log}, kill it and mount again: "
+                       "what was written is kept")
     if pid is not None:
         return Problem(f"no daemon runs: {who} was killed or failed",
                        f"{directory.log} has its last words; {start}: what was written is kept")
@@ -110,11 +111,11 @@ def _not_running(directory: StateDirectory, cause: str) -> Problem:
 def _locked(path: Path) -> bool:
     """Whether a daemon holds the lock, from the kernel's table: to try it could hinder one that starts."""
     try:
-        found = path.stat()
+        inode = f":{path.stat().st_ino}"  # no device: some file systems show another one there than in stat
     except FileNotFoundError:
         return False
-    name = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
-    return any(name in line.split() for line in Path("/proc/locks").read_text().splitlines())
+    return any("FLOCK" in line and any(word.endswith(inode) for word in line.split())
+               for line in Path("/proc/locks").read_text().splitlines())
 
 
 def mounts(table: str = "/proc/self/mountinfo") -> list[str]:

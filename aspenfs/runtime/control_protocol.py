@@ -34,8 +34,11 @@ Message = dict[str, Any]
 
 
 def encode(message: Mapping[str, Any]) -> bytes:
-    """The frame of `message`; TooLarge beyond the bound, which is the sender's mistake."""
-    payload: bytes = msgpack.packb(message, use_bin_type=True)
+    """The frame of `message`; TooLarge, or InvalidArgument for what msgpack cannot carry."""
+    try:
+        payload: bytes = msgpack.packb(message, use_bin_type=True)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise errors.InvalidArgument(f"a message cannot be packed: {error}") from None
     if len(payload) > CONTROL_FRAME_BYTES_MAX:
         raise errors.TooLarge(f"a message of {len(payload)} bytes; the most is {CONTROL_FRAME_BYTES_MAX}")
     return len(payload).to_bytes(HEADER_BYTES, "big") + payload
