@@ -68,7 +68,7 @@ def decode(data: bytes | bytearray | memoryview) -> Command:
         _check(command, len(data))
     except (TypeError, ValueError, IndexError, KeyError, AttributeError, OverflowError) as error:
         raise errors.InvalidArgument(f"malformed command: {error}") from error
-    except errors.StoreError as error:
+    except errors.AspenError as error:
         raise errors.InvalidArgument(f"malformed command: {error}") from error
     return command
 

@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from typing import Any
 
 import pytest
 import trio
@@ -11,7 +10,7 @@ import trio.testing
 from aspenfs import errors
 from aspenfs.kv.types import Batch, Event, absent, delete, delete_range, put
 from aspenfs.limits import WATCH_BUFFER_BATCHES
-from tests.kv.subject import Subject, Suite, case, take
+from tests.kv.subject import Subject, Suite, case, nothing_more, take
 
 Seen = list[tuple[int, list[tuple[bytes, bytes | None, bytes | None]]]]
 
@@ -27,13 +26,6 @@ def _plain(batches: Sequence[Batch]) -> Seen:
         )
         for batch in batches
     ]
-
-
-async def _nothing_more(batches: Any) -> None:
-    """The reader waits: there is no batch for it now."""
-    with trio.move_on_after(0.02) as scope:
-        await anext(batches)
-    assert scope.cancelled_caught
 
 
 async def _read_all(batches: AsyncIterator[Batch], revisions: list[int]) -> None:
@@ -60,7 +52,7 @@ class WatchCases(Suite):
             (second.revision, [(b"k/a", None, b"1")]),
             (third.revision, [(b"k/z", b"2", None), (b"k/y", b"1", None)]),
         ]
-        await _nothing_more(batches)
+        await nothing_more(batches)
 
     @case
     async def test_a_watch_has_its_range_only(self, subject: Subject) -> None:
@@ -98,7 +90,7 @@ class WatchCases(Suite):
             batches = store.watch(b"k/", b"k0", from_revision=revision)
             assert _plain(await take(batches, len(expected))) == expected
             if revision % 5 == 0:
-                await _nothing_more(batches)
+                await nothing_more(batches)
         batches = store.watch(b"k/", b"k0", from_revision=start)
         assert _plain([await anext(batches)]) == whole[:1]
         live = await store.txn([], [put(b"k/live", b"")])
@@ -200,7 +192,7 @@ class WatchCases(Suite):
         store = subject.store
         await store.committed()
         batches = store.watch(b"k/", b"k0")
-        await _nothing_more(batches)
+        await nothing_more(batches)
         got: list[Batch] = []
 
         async def read() -> None:

@@ -1,7 +1,7 @@
 """What the conformance suite runs on: an open store, a clock that the test sets, and how to expire leases."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from itertools import count
 from typing import NamedTuple, TypeVar
 
@@ -75,6 +75,13 @@ def case(body: Callable[[S, Subject], Awaitable[None]]) -> Callable[[S], None]:
     return test
 
 
-async def take(batches: object, number: int) -> list[Batch]:
+async def take(batches: AsyncIterator[Batch], number: int) -> list[Batch]:
     """The next `number` batches of a watch."""
-    return [await anext(batches) for _ in range(number)]  # type: ignore[call-overload]
+    return [await anext(batches) for _ in range(number)]
+
+
+async def nothing_more(batches: AsyncIterator[Batch]) -> None:
+    """The reader waits: there is no batch for it now."""
+    with trio.move_on_after(0.02) as scope:
+        await anext(batches)
+    assert scope.cancelled_caught
