@@ -29,6 +29,7 @@ BLOB_OPEN_FILES_MAX = 64  # handles of sealed segments kept open
 WAL_SEGMENT_BYTES = 64 * MIB
 WAL_FRAME_BYTES_MAX = 4 * MIB
 OVERLAY_BYTES_MAX = 64 * MIB  # accepted but not yet applied; beyond it writers wait for the disk
+APPLY_BATCH_KEYS_MAX = 16_384  # in one transaction of the state; a larger one only costs memory
 SYNC_INTERVAL_MS = 250  # accepted work that nobody waits for is fsynced this often
 HISTORY_REVISIONS = 10_000  # revisions of user keys kept readable before compaction
 WATCH_BUFFER_BATCHES = 1_024  # per watcher; beyond it the watcher gets Lagged

@@ -1,0 +1,147 @@
+"""The thread that writes committed effects into the state, in batches, off the path of any request.
+
+Belongs here: what a batch is, patience with a full disk, giving way to the loop. Not here: when to
+apply (`host.py`), the transaction itself (`statedb.py`).
+
+The loop hands over effects entry by entry (`add`), then tells how far the log is committed
+(`request`). A batch is a whole number of entries, each key once with its newest record. When it is
+in the state the loop gets the indices at which the overlay may be settled step by step: dropping
+tens of thousands of effects at once would stall it.
+
+Threads: `add` and `request` are called by the loop's thread, all else that changes is the applier's.
+The deque between them needs no lock: one thread appends, the other takes from the left.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+
+from aspenfs.errors import NoSpace
+from aspenfs.kv.types import Record
+from aspenfs.limits import APPLY_BATCH_KEYS_MAX, MIB
+from aspenfs.runtime.statedb import StateDb
+from aspenfs.runtime.syncer import Loop
+
+Effects = Sequence[tuple[bytes, Record | None]]
+
+_STEP_EFFECTS = 512  # settled in one go: about 0.2 ms of the loop
+_BATCH_BYTES_MAX = 16 * MIB  # of values in one transaction
+_BREATH_SECONDS = 0.0005  # for the others, after each slice: puts hold the interpreter lock
+_RETRY_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)  # a full disk is looked at again after so long
+
+
+class Applier:
+    """Carries committed effects into `state`."""
+
+    def __init__(self, state: StateDb, applied: Callable[[list[int]], object],
+                 stalled: Callable[[NoSpace], object], failed: Callable[[BaseException], object]) -> None:
+        """In the loop's thread: `applied` gets the steps of a batch, the last one its applied index;
+        `stalled` the reason why there will be none for a while; `failed` what ended the thread."""
+        self._state = state
+        self._applied, self._stalled, self._failed = applied, stalled, failed
+        self._backlog: deque[tuple[int, Effects]] = deque()
+        self._queue: SimpleQueue[int] = SimpleQueue()
+        self._requested = 0
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.hurried = False  # set by the loop when writers wait: no pauses then
+        self.batches = 0
+
+    # --- the loop's thread ---
+
+    def add(self, index: int, effects: Effects) -> None:
+        """The effects of entry `index`, in order of the entries."""
+        self._backlog.append((index, effects))
+
+    def discard_after(self, index: int) -> None:
+        """Forget entries above `index`, none of which is committed."""
+        while self._backlog and self._backlog[-1][0] > index:
+            self._backlog.pop()
+
+    def request(self, index: int) -> None:
+        """Entries up to `index` are committed and shall be applied."""
+        if index > self._requested:
+            self._requested = index
+            self._queue.put(index)
+
+    def start(self, loop: Loop) -> None:
+        self._stopping.clear()
+        self._thread = threading.Thread(target=self._run, args=(loop,), name="state-apply", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread after the batch under way; blocks until then. Idempotent."""
+        if self._thread is not None:
+            self._stopping.set()
+            self._queue.put(0)
+            self._thread.join()
+            self._thread = None
+
+    # --- the applier's thread; the caller's when there is none ---
+
+    def apply_now(self, upto: int) -> list[int]:
+        """Applies entries up to `upto` in the calling thread; the steps to settle. NoSpace keeps them."""
+        steps: list[int] = []
+        while batch := self._next_batch(upto):
+            items, batch_steps = batch
+            try:
+                self._state.apply(items, batch_steps[-1])
+            except NoSpace:
+                self._backlog.appendleft((batch_steps[-1], items))
+                raise
+            steps += batch_steps
+        return steps
+
+    def _run(self, loop: Loop) -> None:
+        try:
+            while not self._stopping.is_set():
+                upto = self._queue.get()
+                while not self._stopping.is_set() and (batch := self._next_batch(upto)):
+                    self._apply_patiently(*batch, loop)
+        except BaseException as error:
+            loop.run_sync_soon(self._failed, error)
+
+    def _apply_patiently(self, items: Effects, steps: list[int], loop: Loop) -> None:
+        """Applies one batch; on a full disk again and again, until it works or the applier stops."""
+        attempt = 0
+        while True:
+            try:
+                self._state.apply(items, steps[-1], breathe=self._breathe)
+                break
+            except NoSpace as error:
+                loop.run_sync_soon(self._stalled, error)
+            if self._stopping.wait(_RETRY_SECONDS[min(attempt, len(_RETRY_SECONDS) - 1)]):
+                self._backlog.appendleft((steps[-1], items))
+                return
+            attempt += 1
+        self.batches += 1
+        loop.run_sync_soon(self._applied, steps)
+
+    def _breathe(self) -> None:
+        if not self.hurried:
+            self._stopping.wait(_BREATH_SECONDS)
+
+    def _next_batch(self, upto: int) -> tuple[Effects, list[int]] | None:
+        """The newest record of each key in the next entries up to `upto`, and the steps to settle them."""
+        backlog = self._backlog
+        newest: dict[bytes, Record | None] = {}
+        steps: list[int] = []
+        index = in_step = size = 0
+        while len(newest) < APPLY_BATCH_KEYS_MAX and size < _BATCH_BYTES_MAX:
+            if not backlog or backlog[0][0] > upto:
+                break
+            index, effects = backlog.popleft()
+            newest.update(effects)
+            in_step += len(effects)
+            for _, record in effects:
+                if record is not None:
+                    size += len(record.value)
+            if in_step >= _STEP_EFFECTS:
+                steps.append(index)
+                in_step = 0
+        if not index:
+            return None
+        if not steps or steps[-1] != index:
+            steps.append(index)
+        return list(newest.items()), steps

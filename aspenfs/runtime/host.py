@@ -1,0 +1,431 @@
+"""NodeStore: the Store port on one durable node, where engine, log and state meet.
+
+Belongs here: the path of a transaction, both acknowledgement points (DESIGN §5), backpressure, the
+node's own chores, what happens when the disk fails. Not here: evaluation (`kv/`), the log's bytes
+(`wal.py`), LMDB (`statedb.py`), what the threads do inside (`syncer.py`, `applier.py`).
+
+A transaction, all without suspending: checked -> evaluated on the overlay -> appended to the log
+-> staged on the overlay and told to observers. So an append that fails leaves no trace, and what
+is visible is in the log. Then, behind its back: sync thread -> commit -> applier thread -> settle.
+
+All methods belong to the loop's thread. Three indices, each behind the one before:
+accepted (`revision`) >= committed (durable in the log) >= applied (in the state).
+"""
+
+import logging
+import sys
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import trio
+
+from aspenfs import errors
+from aspenfs.errors import AspenError, NoSpace, SyncFailed
+from aspenfs.kv import commands, types
+from aspenfs.kv.commands import Command
+from aspenfs.kv.engine import Engine
+from aspenfs.kv.state import Outcome
+from aspenfs.kv.store import Dedup, Observer
+from aspenfs.kv.types import Batch, Compare, Operation, Record, TxnResult
+from aspenfs.limits import MIB, OVERLAY_BYTES_MAX, SYNC_INTERVAL_MS, WAL_SEGMENT_BYTES
+from aspenfs.runtime import identity, recovery
+from aspenfs.runtime.applier import Applier
+from aspenfs.runtime.disk import RealDisk
+from aspenfs.runtime.identity import Identity
+from aspenfs.runtime.recovery import VerifyEntry
+from aspenfs.runtime.statedb import MAP_BYTES, StateDb
+from aspenfs.runtime.syncer import Hook, Syncer
+from aspenfs.runtime.wal import Kind, Wal
+from aspenfs.seams import Clock, Disk, Entropy
+
+logger = logging.getLogger(__name__)
+
+WAL_DIRECTORY, STATE_DIRECTORY = "wal", "state"
+
+_TERM = 1  # until the log is replicated
+_ENTRY = int(Kind.ENTRY)
+_HURRY_BYTES = 16 * MIB  # in the overlay: sync and apply at once, not at the next interval
+_SWITCH_INTERVAL_SECONDS = 0.0005  # how long a thread of ours may keep the loop from running
+_FREEING = frozenset((types.DELETE, types.DELETE_RANGE))
+
+
+class NodeStore:
+    """A durable `kv.store.Store`. Made by `open`; durable in the background while `run` runs."""
+
+    def __init__(self, node: Identity, wal: Wal, state: StateDb, clock: Clock, entropy: Entropy,
+                 pre_sync: Sequence[Hook], segments: Callable[[], int]) -> None:
+        self.identity = node
+        self._wal, self._state, self._segments = wal, state, segments
+        self.engine = engine = Engine(state, clock, entropy, trio.Event, index=state.applied_index)
+        self._overlay = engine.overlay
+        self._applier = Applier(state, self._batch_applied, self._applier_stalled, self._fail)
+        self._syncer = Syncer(wal.sync, pre_sync, self._synced, self._fail, clock.monotonic_ns)
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._gated = False  # the slow way into `txn`: the store has stopped, or the log is short of space
+        self._failure: AspenError | None = None
+        self._failed = trio.Event()
+        self._room = trio.Event()  # replaced after each use
+        self._stall: NoSpace | None = None
+        self._to_settle: deque[int] = deque()
+        self.get = engine.get
+        self.range = engine.range
+        self.scan: Callable[[bytes, bytes], Iterator[tuple[bytes, Record]]] = engine.scan
+
+    @classmethod
+    def open(cls, state_directory: str | Path, clock: Clock, entropy: Entropy, *, name: str = "aspen",
+             disk: Disk | None = None, pre_sync: Sequence[Hook] = (), verify_entry: VerifyEntry | None = None,
+             segment_bytes: int = WAL_SEGMENT_BYTES, map_bytes: int = MAP_BYTES, background: bool = True,
+             free_bytes: Callable[[], int] | None = None) -> "NodeStore":
+        """The store in `state_directory`, recovered; a new cluster `name` if there is none yet.
+
+        Blocks. `pre_sync` runs in the sync thread before each sync of the log: what log entries name
+        must be durable before they are. `verify_entry` tells whether what an entry names is here.
+        `disk` holds the log (default: the directory itself), `free_bytes` limits the state.
+        Corrupt, NoSpace, SyncFailed; the caller holds the lock on the directory.
+        """
+        directory = Path(state_directory)
+        node = identity.read(directory) or identity.create(directory, name, entropy)
+        log = RealDisk(directory) if disk is None else disk
+        wal = Wal.open(log, WAL_DIRECTORY, node.cluster_id, segment_bytes=segment_bytes,
+                       background=background, claim=False)  # fmt: skip
+        try:
+            state = StateDb(directory / STATE_DIRECTORY, map_bytes=map_bytes, free_bytes=free_bytes)
+            try:
+                store = cls(node, wal, state, clock, entropy, pre_sync, lambda: _segments(log))
+                replayed = recovery.replay(wal, WAL_DIRECTORY, state, store.engine, store._applier,
+                                           store._syncer, verify_entry)  # fmt: skip
+            except BaseException:
+                state.close()
+                raise
+        except BaseException:
+            wal.close()
+            raise
+        logger.info("store opened cluster=%s revision=%d replayed=%d", node.name, store.revision, replayed)
+        return store
+
+    # --- running ---
+
+    async def run(self, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
+        """Keeps the store durable, applied, expired and compacted until cancelled; raises what stops it."""
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(min(interval, _SWITCH_INTERVAL_SECONDS))
+        self._token = trio.lowlevel.current_trio_token()
+        self._syncer.start(self._token)
+        self._applier.start(self._token)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._chores)
+                task_status.started()
+                await self._failed.wait()
+                nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._stop_threads)
+            self._token = None
+            sys.setswitchinterval(interval)
+            if self._to_settle:
+                self._overlay.settle(self._to_settle[-1])
+                self._to_settle.clear()
+            if self._failure is None:
+                self._flush_log()  # whoever waits for a commit gets it
+        if self._failure is not None:
+            self._raise_failure()
+
+    def _stop_threads(self) -> None:
+        self._syncer.stop()
+        self._applier.stop()
+
+    async def _chores(self) -> None:
+        """What nobody asks for: commits nobody waits for, applying, leases, history."""
+        engine = self.engine
+        while self._failure is None:
+            await trio.sleep(SYNC_INTERVAL_MS / 1000)
+            if engine.revision > engine.committed_revision:
+                self._syncer.request()
+            self._applier.request(engine.committed_revision)
+            try:
+                self._gated = self._wal.short_of_space
+                if self._gated:
+                    self._run_command(Command(commands.NOOP, 0, None, ()))  # its sync looks for space again
+                self.expire_leases()
+                revision = engine.compaction_due()
+                while revision is not None and self._run_command(engine.compact_command(revision)).result:
+                    await trio.lowlevel.checkpoint()
+            except (NoSpace, errors.Compacted) as error:
+                logger.debug("revision=%d a chore waits: %s", engine.revision, error)
+            except Exception as error:
+                self._fail(error)
+
+    def expire_leases(self) -> None:
+        """Ends the leases whose time is over by the clock. `run` does it now and then."""
+        command = self.engine.expire_command()
+        if command is not None:
+            self._run_command(command)
+
+    def close(self) -> None:
+        """Makes everything durable and applied, then lets go of all files. After `run` has ended. Blocks.
+
+        Waiters and watchers get Closed. After a failure nothing is written any more. Idempotent.
+        """
+        if isinstance(self._failure, errors.Closed):
+            return
+        assert not self._syncer.running, "close while the store runs"
+        try:
+            if self._failure is None:
+                self._flush_log()
+                self._flush_state()
+        finally:
+            self._stop_serving(errors.Closed("the store is closed"))
+            self._state.close()
+            self._wal.close()
+
+    def _flush_log(self) -> None:
+        try:
+            self.engine.committed_to(self._syncer.sync_now())
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def _flush_state(self) -> None:
+        """Applies what is committed and trims the log. NoSpace: the next start applies it from the log."""
+        try:
+            self._apply_here()
+            self._wal.trim(self._state.sync() + 1)
+        except NoSpace as error:
+            logger.warning("revision=%d closing with a full disk: %s", self.revision, error)
+
+    def _apply_here(self) -> None:
+        """What the threads do, without them."""
+        self._applier.apply_now(self.engine.committed_revision)
+        self._to_settle.clear()
+        self._state.refresh()
+        self._overlay.settle(self._state.applied_index)
+
+    # --- failing ---
+
+    def _fail(self, error: BaseException) -> None:
+        """The node stops: what the disk did or what the program did wrong must not be built upon."""
+        if self._failure is not None:
+            return
+        if isinstance(error, AspenError):
+            logger.error("revision=%d the store stops: %s", self.engine.revision, error)
+            failure = error
+        else:
+            logger.error("revision=%d the store stops", self.engine.revision, exc_info=error)
+            failure = errors.StorageError(f"the store has stopped: {error!r}")
+            failure.__cause__ = error
+        self._stop_serving(failure)
+
+    def _stop_serving(self, failure: AspenError) -> None:
+        self._failure = failure
+        self._gated = True
+        self.get = self.range = self.scan = self._refuse  # so the hot path needs no check
+        self.engine.close(failure)
+        self._failed.set()
+        self._room.set()
+
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        self._raise_failure()
+
+    def _raise_failure(self) -> NoReturn:
+        assert self._failure is not None
+        raise self._failure.with_traceback(None)
+
+    # --- durable and applied; called in the loop by the threads ---
+
+    def _synced(self, index: int) -> None:
+        if self._failure is None:
+            self.engine.committed_to(index)
+            if self._overlay.bytes > _HURRY_BYTES:
+                self._applier.request(index)
+
+    def _applier_stalled(self, reason: NoSpace) -> None:
+        if self._stall is None:
+            logger.warning("revision=%d the state does not grow: %s", self.engine.revision, reason)
+        self._stall = reason
+        self._room.set()  # who waits for room is told
+
+    def _batch_applied(self, steps: list[int]) -> None:
+        if self._failure is not None:
+            return
+        self._stall = None
+        # No await from here to the first settle: readers see each effect in the overlay or below.
+        self._state.refresh()
+        idle = not self._to_settle
+        self._to_settle.extend(steps)
+        try:
+            self._wal.trim(self._state.durable_index + 1)
+        except BaseException as error:
+            self._fail(error)
+            return
+        if idle:
+            self._settle_step()
+
+    def _settle_step(self) -> None:
+        """Drops a part of what the state has; the rest in later turns of the loop."""
+        if self._failure is not None or not self._to_settle:
+            return
+        self._overlay.settle(self._to_settle.popleft())
+        if self._overlay.bytes <= OVERLAY_BYTES_MAX:
+            self._room.set()
+            self._applier.hurried = False
+        if self._to_settle and self._token is not None:
+            self._token.run_sync_soon(self._settle_step)
+
+    # --- the Store port ---
+
+    @property
+    def revision(self) -> int:
+        return self.engine.revision
+
+    async def txn(self, compares: Sequence[Compare], then: Sequence[Operation],
+                  else_: Sequence[Operation] = (), *, dedup: Dedup | None = None,
+                  origin: object = None) -> TxnResult:
+        engine = self.engine
+        if self._gated or self._overlay.bytes > OVERLAY_BYTES_MAX:
+            await self._admitted(then)
+        command, encoded = engine.txn_command(compares, then, else_, dedup)
+        index, outcome = engine.prepare(command)
+        result = outcome[0]
+        if type(result) is not TxnResult:
+            assert isinstance(result, AspenError)
+            raise result
+        self._accept(index, encoded, outcome, origin)
+        return result
+
+    def _accept(self, index: int, encoded: bytes, outcome: Outcome, origin: object) -> None:
+        """Into the log, then visible. NoSpace and an EIO of the write itself leave no trace."""
+        try:
+            self._wal.append(_ENTRY, _TERM, index, encoded)
+        except SyncFailed as error:
+            self._fail(error)
+            raise
+        try:
+            self.engine.accept(index, outcome, origin)
+        except BaseException as error:
+            self._fail(error)  # the log has the entry, the overlay has not
+            raise
+        self._applier.add(index, outcome[1])
+        if self._overlay.bytes > _HURRY_BYTES:
+            self._syncer.request()
+
+    async def _admitted(self, then: Sequence[Operation]) -> None:
+        """Waits until there is room for a transaction. NoSpace, when only space on the disk would help.
+
+        What deletes may go on for a while on a full disk: it is how space comes back.
+        """
+        freeing = any(operation[0] in _FREEING for operation in then)
+        while True:
+            if self._failure is not None:
+                self._raise_failure()
+            if self._wal.short_of_space and not freeing:
+                raise NoSpace("no space for the log: free some on the file system of the state directory")
+            held = self._overlay.bytes
+            if held <= OVERLAY_BYTES_MAX:
+                return
+            if self._stall is not None:
+                if freeing and held <= 2 * OVERLAY_BYTES_MAX:
+                    return
+                raise self._stall.with_traceback(None)
+            if not self._syncer.running:
+                self._flush_log()
+                self._apply_here()
+                continue
+            self._applier.hurried = True
+            self._syncer.request()
+            self._applier.request(self.engine.committed_revision)
+            if self._room.is_set():
+                self._room = trio.Event()
+            await self._room.wait()
+
+    def _run_command(self, command: Command) -> Outcome:
+        """A command of ours, as `txn` does it."""
+        if self._failure is not None:
+            self._raise_failure()
+        index, outcome = self.engine.prepare(command)
+        if isinstance(outcome.result, AspenError):
+            raise outcome.result
+        self._accept(index, commands.encode(command), outcome, None)
+        return outcome
+
+    def _number(self, command: Command) -> int:
+        result = self._run_command(command).result
+        assert isinstance(result, int)
+        return result
+
+    async def committed(self, revision: int | None = None) -> int:
+        engine = self.engine
+        wanted = engine.revision if revision is None else revision
+        if wanted > engine.committed_revision and self._failure is None:
+            if self._syncer.running:
+                self._syncer.request()
+            else:
+                self._flush_log()
+        return await engine.committed(wanted)
+
+    async def barrier(self) -> int:
+        if self._failure is not None:
+            self._raise_failure()
+        return self.engine.revision
+
+    async def fence(self, revision: int) -> None:
+        await self.committed(revision)
+
+    def observe(self, observer: Observer) -> Callable[[], None]:
+        return self.engine.observe(observer)
+
+    def watch(self, start: bytes, end: bytes, *, from_revision: int | None = None) -> AsyncIterator[Batch]:
+        return self.engine.watch(start, end, from_revision=from_revision)
+
+    async def lease_grant(self, ttl_ms: int, lease: int = 0) -> int:
+        return self._number(self.engine.grant_command(ttl_ms, lease))
+
+    async def lease_keepalive(self, lease: int) -> int:
+        return self._number(self.engine.keepalive_command(lease))
+
+    async def lease_revoke(self, lease: int) -> None:
+        self._run_command(self.engine.revoke_command(lease))
+
+    def leases(self) -> list[tuple[int, int, int]]:
+        return self.engine.leases()
+
+    async def compact(self, revision: int) -> None:
+        while self._number(self.engine.compact_command(revision)):
+            await trio.lowlevel.checkpoint()
+
+    # --- looking at it ---
+
+    def status(self) -> dict[str, int | str]:
+        """Figures for `cluster/` and `aspen status`; indices, bytes, counts and microseconds."""
+        syncer, state = self._syncer, self._state
+        return {
+            "cluster": self.identity.name,
+            "cluster_id": self.identity.cluster_id.hex(),
+            "node": self.identity.node_id,
+            "state": "failed" if self._failure is not None else "full" if self._full() else "ok",
+            "revision": self.engine.revision,
+            "committed": self.engine.committed_revision,
+            "applied": state.applied_index,
+            "state_durable": state.durable_index,
+            "durable": self._wal.synced_index,
+            "wal_first": self._wal.first_index,
+            "wal_last": self._wal.last_index,
+            "wal_segments": self._segments(),
+            "overlay_bytes": self._overlay.bytes,
+            "state_bytes": state.size_bytes(),
+            "applied_batches": self._applier.batches,
+            "syncs": syncer.syncs,
+            "sync_last_us": syncer.last_ns // 1000,
+            "sync_mean_us": syncer.total_ns // 1000 // max(1, syncer.syncs),
+            "sync_longest_us": syncer.longest_ns // 1000,
+        }
+
+    def _full(self) -> bool:
+        return self._stall is not None or self._wal.short_of_space
+
+
+def _segments(disk: Disk) -> int:
+    """Files of the log, the one prepared ahead of need included."""
+    return sum(name.endswith(".wal") for name in disk.list(WAL_DIRECTORY))

@@ -1,0 +1,80 @@
+"""Bringing the state up to the log when a node starts: entries above the applied index, evaluated again.
+
+Evaluation is deterministic, so the effects are those of the first time. Belongs here: which entries,
+and what to do about one that names blobs which are not on this disk. Not here: damage inside the log
+(`wal_recovery.py`) or inside the state (`statedb.py`).
+"""
+
+from collections.abc import Callable
+
+from aspenfs.errors import Corrupt, InvalidArgument, NoSpace
+from aspenfs.kv import commands
+from aspenfs.kv.commands import Command
+from aspenfs.kv.engine import Engine
+from aspenfs.limits import OVERLAY_BYTES_MAX
+from aspenfs.runtime.applier import Applier
+from aspenfs.runtime.statedb import StateDb
+from aspenfs.runtime.syncer import Syncer
+from aspenfs.runtime.wal import Frame, Wal
+from aspenfs.runtime.wal_format import segment_name
+
+VerifyEntry = Callable[[Command], bool]
+
+_APPLY_AT_BYTES = OVERLAY_BYTES_MAX // 4
+_HELD_BYTES_MAX = 4 * OVERLAY_BYTES_MAX  # more is not kept in memory for want of disk
+_ADVICE = "restore the state directory from another node or a backup; `aspen check` tells more"
+
+
+def replay(wal: Wal, directory: str, state: StateDb, engine: Engine, applier: Applier,
+           syncer: Syncer, verify: VerifyEntry | None) -> int:
+    """Evaluates the entries that `state` lacks and commits them; their number.
+
+    An entry for which `verify` is false lost its blobs with the power: the log ends before it, as if
+    the power had failed a moment earlier. That is right only behind what the log, as it was found,
+    calls durable; before that, somebody was promised the entry with its blobs, so it is Corrupt.
+    The log must have been opened with claim=False.
+    """
+    applied = state.applied_index
+    if not wal.first_index - 1 <= applied <= wal.last_index:
+        cause = f"it has entries {wal.first_index} to {wal.last_index}, the state ends with entry {applied}"
+        raise Corrupt(directory, 0, cause, _ADVICE)
+    for frame in wal.replay(applied + 1):
+        command = _decoded(frame)
+        if verify is not None and not verify(command):
+            if (frame.segment, frame.offset) < wal.claimed_at_open:
+                cause = f"entry {frame.index} names blobs that are not here"
+                raise Corrupt(segment_name(frame.segment), frame.offset, cause, _ADVICE)
+            break
+        index, outcome = engine.submit(command)
+        assert index == frame.index
+        applier.add(index, outcome.effects)
+        if engine.overlay.bytes > _APPLY_AT_BYTES:
+            syncer.run_hooks()
+            _apply(state, engine, applier, index)
+    if engine.revision < wal.last_index:
+        wal.truncate_after(engine.revision)
+    # After the death of a process, what entries name may be in the page cache only, as they were.
+    syncer.run_hooks()
+    wal.sync()
+    engine.committed_to(engine.revision)
+    return engine.revision - applied
+
+
+def _apply(state: StateDb, engine: Engine, applier: Applier, index: int) -> None:
+    engine.committed_to(index)
+    try:
+        applier.apply_now(index)
+    except NoSpace:
+        if engine.overlay.bytes > _HELD_BYTES_MAX:
+            raise
+        return  # serve what there is: deleting is how space comes back
+    state.refresh()
+    engine.overlay.settle(index)
+
+
+def _decoded(frame: Frame) -> Command:
+    try:
+        return commands.decode(frame.payload)
+    except InvalidArgument as error:
+        cause = f"entry {frame.index} is not a command ({error})"
+        raise Corrupt(segment_name(frame.segment), frame.offset, cause, _ADVICE) from error
