@@ -21,6 +21,7 @@ from aspenfs.cli import ready
 from aspenfs.cli.options import MountOptions, parse_mount
 from aspenfs.cli.paths import StateDirectory
 from aspenfs.fuse import mounts
+from aspenfs.runtime import identity
 
 FILE_SYSTEM_TYPE = "fuse.aspen"
 FUSE_DEVICE = "/dev/fuse"
@@ -224,7 +225,7 @@ def _clear(path: str) -> None:
 
 
 def _prepare_state(options: MountOptions) -> StateDirectory:
-    """The state directory, made if `create` says so; it must be writable and not under the mount."""
+    """The state directory: writable, not under the mount, and the home of the cluster that is asked for."""
     directory = StateDirectory(Path(options.state_dir))
     path = Path(os.path.realpath(directory.path))
     if path.is_relative_to(options.mountpoint):
@@ -235,15 +236,25 @@ def _prepare_state(options: MountOptions) -> StateDirectory:
         )
     if options.create:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    elif not path.is_dir() or directory.is_vacant():
+    if path.is_dir() and not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        raise Refused(ExitCode.SYSTEM, f"{directory.path}: the state directory is not writable for you")
+    try:
+        home = identity.read(path)
+    except errors.Corrupt as error:
+        raise Refused(ExitCode.MOUNT_FAILED, str(error)) from None
+    if home is None and not options.create:
         # Never a new, empty cluster by accident, just because the disk with the old one is not there.
         raise Refused(
             ExitCode.MOUNT_FAILED,
             f"{directory.path}: holds no cluster; if a new one is wanted, add -o create, "
             "else name the right place with -o state_dir=",
         )
-    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-        raise Refused(ExitCode.SYSTEM, f"{directory.path}: the state directory is not writable for you")
+    if home is not None and home.name != options.name:
+        raise Refused(
+            ExitCode.MOUNT_FAILED,
+            f"{directory.path}: holds the cluster {home.name!r}, not {options.name!r}; "
+            "mount that name, or name another place with -o state_dir=",
+        )
     return directory
 
 

@@ -237,6 +237,9 @@ _SWITCHES: dict[str, tuple[str, object]] = {
     "noatime": ("atime", "noatime"),
     "allow_other": ("allow_other", True),
     "noallow_other": ("allow_other", False),
+    # mount(8) before util-linux 2.39 keeps dev and suid to itself, as the defaults that they are there.
+    "allow_dev": ("dev", True),
+    "allow_suid": ("suid", True),
     "create": ("create", True),
 }
 

@@ -15,9 +15,6 @@ STATE_DIR_VARIABLE = "ASPEN_STATE_DIR"
 ROOT_STATE_DIR = Path("/var/lib/aspenfs")
 SOCKET_PATH_BYTES_MAX = 107  # sun_path of unix(7), less its final NUL
 
-# What programs leave in a state directory without there being any state: lock, daemon.log.1, lost+found, …
-_STATELESS = ("lock", "daemon.", "ctl.sock", "up.mountpoint", "lost+found")
-
 
 @dataclass(frozen=True, slots=True)
 class StateDirectory:
@@ -42,10 +39,6 @@ class StateDirectory:
     @property
     def control_socket(self) -> Path:
         return self.path / "ctl.sock"
-
-    def is_vacant(self) -> bool:
-        """Whether nothing in the directory, which must exist, is a cluster's state."""
-        return all(name.startswith(_STATELESS) for name in os.listdir(self.path))
 
 
 def state_directory(environ: Mapping[str, str], uid: int, override: str | None = None) -> StateDirectory:

@@ -12,6 +12,8 @@ from aspenfs.cli.mount import main, user_allow_other
 from aspenfs.cli.paths import StateDirectory
 from aspenfs.cli.ready import READY_FD_VARIABLE
 from aspenfs.fuse import mounts
+from aspenfs.runtime import identity
+from aspenfs.runtime.system import SystemEntropy
 
 OK, USAGE, SYSTEM, MOUNT_FAILED = 0, 1, 2, 32  # mount(8)
 NOBODY = 65534
@@ -19,14 +21,14 @@ COMMAND = [sys.executable, "-m", "aspenfs.cli.mount"]
 
 
 class Place:
-    """A mountpoint and a state directory that holds something."""
+    """A mountpoint, and a state directory that holds the cluster `demo`, never started."""
 
     def __init__(self, base: Path) -> None:
         self.mountpoint = base / "mnt"
         self.state = StateDirectory(base / "state")
         self.mountpoint.mkdir()
         self.state.path.mkdir()
-        (self.state.path / "wal").mkdir()
+        identity.create(self.state.path, "demo", SystemEntropy())
 
     def mount(
         self, *arguments: str, prefix: tuple[str, ...] = (), **variables: str
@@ -103,12 +105,27 @@ def test_missing_state_directory_is_not_made_unasked(place: Place, tmp_path: Pat
     assert not elsewhere.exists()
 
 
-def test_vacant_state_directory_gets_no_new_cluster_unasked(place: Place) -> None:
-    (place.state.path / "wal").rmdir()
-    place.state.log.touch()
-    done = place.mount("demo", str(place.mountpoint))
+def test_state_directory_without_a_cluster_gets_none_unasked(place: Place, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    done = place.mount("demo", str(place.mountpoint), "-o", f"state_dir={empty}")
     assert done.returncode == MOUNT_FAILED
-    assert "holds no cluster" in done.stderr
+    assert f"{empty}: holds no cluster" in done.stderr
+    assert not list(empty.iterdir())
+
+
+def test_cluster_of_another_name_is_not_mounted(place: Place) -> None:
+    done = place.mount("prod", str(place.mountpoint), "-o", "create")
+    assert done.returncode == MOUNT_FAILED
+    assert f"{place.state.path}: holds the cluster 'demo', not 'prod'" in done.stderr
+
+
+def test_identity_that_cannot_be_read_is_refused_with_the_way_out(place: Place) -> None:
+    (place.state.path / identity.FILE_NAME).write_text("{")
+    done = place.mount("demo", str(place.mountpoint), "-o", "create")
+    assert done.returncode == MOUNT_FAILED
+    assert "corrupt at offset 0" in done.stderr
+    assert "restore it from a backup" in done.stderr
 
 
 def test_state_directory_under_the_mount_is_refused(place: Place) -> None:

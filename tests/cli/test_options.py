@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from aspenfs import errors
 from aspenfs.cli.options import MountOptions, parse_mount, parse_spec
-from aspenfs.cli.paths import SOCKET_PATH_BYTES_MAX, StateDirectory, state_directory
+from aspenfs.cli.paths import SOCKET_PATH_BYTES_MAX, state_directory
 
 
 def parse(*option_lists: str, spec: str = "demo", uid: int = 0, sloppy: bool = False) -> MountOptions:
@@ -167,6 +167,10 @@ def test_kernel_is_told_of_flags_that_it_enforces() -> None:
     assert not {"allow_other", "noatime"} & freely
 
 
+def test_dev_and_suid_have_names_that_old_mount_programs_hand_on() -> None:
+    assert parse("allow_dev,allow_suid") == parse("dev,suid")
+
+
 @given(
     st.builds(
         MountOptions,
@@ -226,13 +230,3 @@ def test_state_directory_leaves_room_for_its_control_socket() -> None:
     assert len(bytes(state_directory({}, 0, longest).control_socket)) == SOCKET_PATH_BYTES_MAX
     with pytest.raises(errors.InvalidArgument, match="too long"):
         state_directory({}, 0, longest + "s")
-
-
-def test_directory_with_only_a_lock_and_a_log_is_vacant(tmp_path: Path) -> None:
-    directory = StateDirectory(tmp_path)
-    assert directory.is_vacant()
-    for path in (directory.lock, directory.pid, directory.log, directory.control_socket):
-        path.touch()
-    assert directory.is_vacant()
-    (tmp_path / "wal").mkdir()
-    assert not directory.is_vacant()
