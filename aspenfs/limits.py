@@ -51,7 +51,7 @@ CONTROL_REQUESTS_MAX = 64  # under way on one connection, watches among them; mo
 CONTROL_HELLO_SECONDS_MAX = 10  # a peer that has not said what it is by then is closed
 CONTROL_PAGE_KEYS = 512  # records in one page; the loop serves others between pages
 CONTROL_PAGE_BYTES = 256 * KIB  # a page is closed once it holds this much
-CONTROL_DELETE_KEYS = 1_024  # keys that one step of a deletion by prefix removes at the most
+CONTROL_DELETE_KEYS = 256  # keys that one step of a deletion by prefix removes; some ms of the loop
 
 # --- the kernel's side ---
 REQUESTS_IN_FLIGHT_MAX = 256  # handlers at work at once; further requests wait in the kernel

@@ -4,7 +4,6 @@ Belongs here: get, put, delete, cas, ls, and the arguments that all of `aspen kv
 txn (`kv_txn.py`), watch (`kv_watch.py`), lease (`kv_lease.py`).
 """
 
-import base64
 import binascii
 import os
 import sys
@@ -92,7 +91,7 @@ def key_bytes(argument: str, as_base64: bool) -> bytes:
     if not as_base64:
         return data
     try:
-        return base64.b64decode(data, validate=True)
+        return binascii.a2b_base64(data, strict_mode=True)
     except binascii.Error as error:
         raise click.BadParameter(f"{shown(data)!r} is not base64: {error}", param_hint="KEY") from None
 

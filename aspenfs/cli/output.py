@@ -3,8 +3,7 @@
 Belongs here: what every command of `aspen` shares in what it prints. Not here: any one command.
 """
 
-import base64
-import json
+import binascii
 import os
 import sys
 import time
@@ -99,7 +98,7 @@ def json_bytes(name: str, data: bytes) -> dict[str, str]:
     try:
         return {name: data.decode("utf-8")}
     except UnicodeDecodeError:
-        return {name: base64.b64encode(data).decode("ascii"), f"{name}_encoding": "base64"}
+        return {name: binascii.b2a_base64(data, newline=False).decode("ascii"), f"{name}_encoding": "base64"}
 
 
 def from_json_bytes(body: Mapping[str, Any], name: str) -> bytes:
@@ -109,7 +108,7 @@ def from_json_bytes(body: Mapping[str, Any], name: str) -> bytes:
         raise ValueError(f"{name!r} must be text")
     encoding = body.get(f"{name}_encoding", "utf-8")
     if encoding == "base64":
-        return base64.b64decode(data, validate=True)
+        return binascii.a2b_base64(data, strict_mode=True)
     if encoding != "utf-8":
         raise ValueError(f'"{name}_encoding" is "base64" or absent')
     return data.encode("utf-8", "surrogateescape")
@@ -127,6 +126,8 @@ def local_time(time_ns: int) -> str:
 
 
 def to_json(value: Any) -> str:
+    import json  # here: `aspen kv get` starts without it
+
     return json.dumps(value, ensure_ascii=False, separators=(", ", ": "))
 
 

@@ -98,8 +98,8 @@ def _not_running(directory: StateDirectory, cause: str) -> Problem:
     who = "a daemon" if pid is None else f"the daemon with pid {pid}"
     if _locked(directory.lock):
         return Problem(f"{who} is at work on {directory.path} but does not answer: {cause}",
-                       f"it may still be starting: try again; else read {directory.log}, kill it and mount again: "
-                       "what was written is kept")
+                       f"it may still be starting: try again; else read {directory.log}, kill it and mount "
+                       "again: what was written is kept")
     if pid is not None:
         return Problem(f"no daemon runs: {who} was killed or failed",
                        f"{directory.log} has its last words; {start}: what was written is kept")

@@ -50,8 +50,9 @@ class Shell:
     def process(self, *arguments: str | bytes, **options: Any) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-c", "from aspenfs.cli.aspen import main; main()"]
         environment = os.environ | {"ASPEN_STATE_DIR": str(self.directory)}
-        return subprocess.Popen([*command, *arguments], env=environment, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, **options)
+        return subprocess.Popen(
+            [*command, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+        )
 
 
 @pytest.fixture
@@ -118,8 +119,15 @@ def test_json_tells_all_about_a_key(shell: Shell) -> None:
     mtime = body.pop("mtime")
     assert mtime[:2] == "20"
     assert mtime.endswith("Z")
-    assert body == {"key": "k", "value": "v", "size": 1, "create_revision": revision, "mod_revision": revision,
-                    "version": 1, "lease": 0}
+    assert body == {
+        "key": "k",
+        "value": "v",
+        "size": 1,
+        "create_revision": revision,
+        "mod_revision": revision,
+        "version": 1,
+        "lease": 0,
+    }
 
 
 def test_json_marks_what_is_not_text(shell: Shell) -> None:
@@ -188,7 +196,9 @@ def test_deleting_everything_must_be_meant(shell: Shell) -> None:
 def fill(shell: Shell, names: list[str]) -> None:
     async def put_all() -> None:
         for name in names:
-            await shell.daemon.store.txn([], [(1, b"k/" + name.encode(), b"value of " + name.encode(), 0, None)])
+            await shell.daemon.store.txn(
+                [], [(1, b"k/" + name.encode(), b"value of " + name.encode(), 0, None)]
+            )
 
     shell.daemon.run(put_all)
 
@@ -216,13 +226,16 @@ def test_cas_at_a_revision_sees_a_change_to_the_same_value(shell: Shell) -> None
     (body,) = shell.json("kv", "cas", "k", "--revision", revision, "new", "--json", code=COMPARE_FAILED)
     assert body["succeeded"] is False
     assert body["found"]["version"] == 2
-    assert shell.json("kv", "cas", "k", "--json", "--revision", str(body["found"]["mod_revision"]), "new")[0]["succeeded"]
+    assert shell.json("kv", "cas", "k", "--json", "--revision", str(body["found"]["mod_revision"]), "new")[0][
+        "succeeded"
+    ]
 
 
 def test_cas_of_a_missing_key_prints_nothing(shell: Shell) -> None:
     assert shell.out("kv", "cas", "k", "old", "new", code=COMPARE_FAILED) == b""
     assert shell.json("kv", "cas", "k", "old", "new", "--json", code=COMPARE_FAILED) == [
-        {"succeeded": False, "found": None}]
+        {"succeeded": False, "found": None}
+    ]
 
 
 def test_cas_prints_the_largest_value_that_it_found(shell: Shell) -> None:
@@ -231,8 +244,15 @@ def test_cas_prints_the_largest_value_that_it_found(shell: Shell) -> None:
     assert shell.out("kv", "cas", "k", "old", "new", code=COMPARE_FAILED) == value
 
 
-@pytest.mark.parametrize("arguments", [["k", "new"], ["k", "a", "b", "c"], ["k", "--absent", "a", "b"],
-                                       ["k", "--absent", "--revision", "1", "a"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["k", "new"],
+        ["k", "a", "b", "c"],
+        ["k", "--absent", "a", "b"],
+        ["k", "--absent", "--revision", "1", "a"],
+    ],
+)
 def test_cas_wants_one_thing_to_compare_with(shell: Shell, arguments: list[str]) -> None:
     shell("kv", "cas", *arguments, code=USAGE)
 
@@ -303,11 +323,20 @@ def test_a_transaction_is_done_whole_or_its_else_is(shell: Shell) -> None:
 
 
 def test_a_transaction_in_json_answers_in_json(shell: Shell) -> None:
-    document = {"compare": [{"target": "absent", "key": "a"}, {"target": "empty", "prefix": "dir/"}],
-                "then": [{"op": "put", "key": "a", "value": base64.b64encode(b"\xff").decode(),
-                          "value_encoding": "base64"},
-                         {"op": "append", "key": "b", "value": "x"}, {"op": "range", "prefix": ""}],
-                "else": [{"op": "delete_range", "prefix": ""}]}
+    document = {
+        "compare": [{"target": "absent", "key": "a"}, {"target": "empty", "prefix": "dir/"}],
+        "then": [
+            {
+                "op": "put",
+                "key": "a",
+                "value": base64.b64encode(b"\xff").decode(),
+                "value_encoding": "base64",
+            },
+            {"op": "append", "key": "b", "value": "x"},
+            {"op": "range", "prefix": ""},
+        ],
+        "else": [{"op": "delete_range", "prefix": ""}],
+    }
     (answer,) = shell.json("kv", "txn", "--json", stdin=json.dumps(document).encode())
     assert answer["succeeded"] is True
     assert [body["key"] for body in answer["responses"][2]["records"]] == ["a", "b"]
@@ -316,29 +345,57 @@ def test_a_transaction_in_json_answers_in_json(shell: Shell) -> None:
     assert answer["responses"] == [{"op": "delete_range", "deleted": 2}]
 
 
-@pytest.mark.parametrize(("target", "operator", "operand", "code"), [
-    ("value", "=", "v", 0), ("value", "<", "a", COMPARE_FAILED), ("value", ">", "a", 0),
-    ("version", "=", "2", 0), ("version", "!=", "2", COMPARE_FAILED), ("mod", ">", "1", 0),
-    ("create", "<", "1000000", 0),
-])
-def test_each_compare_holds_when_it_is_true(shell: Shell, target: str, operator: str, operand: str, code: int) -> None:
+@pytest.mark.parametrize(
+    ("target", "operator", "operand", "code"),
+    [
+        ("value", "=", "v", 0),
+        ("value", "<", "a", COMPARE_FAILED),
+        ("value", ">", "a", 0),
+        ("version", "=", "2", 0),
+        ("version", "!=", "2", COMPARE_FAILED),
+        ("mod", ">", "1", 0),
+        ("create", "<", "1000000", 0),
+    ],
+)
+def test_each_compare_holds_when_it_is_true(
+    shell: Shell, target: str, operator: str, operand: str, code: int
+) -> None:
     shell("kv", "put", "k", "u")
     shell("kv", "put", "k", "v")
-    shell("kv", "txn", stdin=f"if {target} k {operator} {operand}\nthen get k\nelse get k".encode(), code=code)
+    shell(
+        "kv", "txn", stdin=f"if {target} k {operator} {operand}\nthen get k\nelse get k".encode(), code=code
+    )
 
 
-@pytest.mark.parametrize(("source", "says"), [
-    ("then put k", "line 1: after 'then'"), ("\nif foo k\nthen get k", "line 2: after \"if\""),
-    ("maybe get k", "line 1: a line begins"), ("if mod k = x\nthen get k", "line 1"), ('then put k "open', "line 1"),
-    ("", "nothing to do"), ("{", "stdin"), ('{"then": [{"op": "put", "key": "k"}]}', "then 1: 'value' must be text"),
-    ('{"then": [{"op": "jump", "key": "k"}]}', "then 1"), ('{"than": []}', "'than'"), ('{"then": {}}', "list"),
-])
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("then put k", "line 1: after 'then'"),
+        ("\nif foo k\nthen get k", 'line 2: after "if"'),
+        ("maybe get k", "line 1: a line begins"),
+        ("if mod k = x\nthen get k", "line 1"),
+        ('then put k "open', "line 1"),
+        ("", "nothing to do"),
+        ("{", "stdin"),
+        ('{"then": [{"op": "put", "key": "k"}]}', "then 1: 'value' must be text"),
+        ('{"then": [{"op": "jump", "key": "k"}]}', "then 1"),
+        ('{"than": []}', "'than'"),
+        ('{"then": {}}', "list"),
+    ],
+)
 def test_what_is_wrong_with_a_transaction_is_said(shell: Shell, source: str, says: str) -> None:
     assert says in shell("kv", "txn", stdin=source.encode(), code=USAGE).stderr
 
 
-@pytest.mark.parametrize("source", ["if mod k ~ 1\nthen get k", f"if mod k = {1 << 70}\nthen get k",
-                                    "then put k v 4711", "then ls k 9999999999999999999999"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "if mod k ~ 1\nthen get k",
+        f"if mod k = {1 << 70}\nthen get k",
+        "then put k v 4711",
+        "then ls k 9999999999999999999999",
+    ],
+)
 def test_what_the_daemon_refuses_is_an_error_not_a_traceback(shell: Shell, source: str) -> None:
     assert shell("kv", "txn", stdin=source.encode(), code=MISSING).stderr.startswith("aspen: ")
 
@@ -351,7 +408,8 @@ def test_a_key_goes_with_its_lease(shell: Shell) -> None:
     shell("kv", "put", "k", "v", "--lease", lease)
     assert shell.json("kv", "get", "k", "--json")[0]["lease"] == int(lease)
     assert shell.json("kv", "lease", "keepalive", lease, "--once", "--json") == [
-        {"lease": int(lease), "ttl_ms": 60_000}]
+        {"lease": int(lease), "ttl_ms": 60_000}
+    ]
     (listed,) = shell.json("kv", "lease", "list", "--json")
     assert (listed["lease"], listed["ttl_ms"]) == (int(lease), 60_000)
     assert 0 < listed["remaining_ms"] <= 60_000
@@ -394,8 +452,10 @@ def test_a_key_is_the_very_bytes_of_the_command_line(shell: Shell) -> None:
 
 
 def test_get_imports_nothing_heavy() -> None:
-    script = ("import sys; from aspenfs.cli.aspen import aspen; import aspenfs.cli.kv\n"
-              "print([name for name in ('trio', 'lmdb', 'pyfuse3', 'rich', 'asyncio') if name in sys.modules])")
+    script = (
+        "import sys; from aspenfs.cli.aspen import aspen; import aspenfs.cli.kv\n"
+        "print([name for name in ('trio', 'lmdb', 'pyfuse3', 'rich', 'asyncio') if name in sys.modules])"
+    )
     assert subprocess.check_output([sys.executable, "-c", script]) == b"[]\n"
 
 
@@ -458,8 +518,12 @@ def test_a_watch_that_would_have_to_skip_says_so(shell: Shell) -> None:
 
 def test_keys_complete_one_component_at_a_time(shell: Shell) -> None:
     fill(shell, ["app/db/host", "app/db/port", "app/name", "apple"])
-    environment = {"_ASPEN_COMPLETE": "bash_complete", "COMP_WORDS": "aspen kv get app", "COMP_CWORD": "3",
-                   "ASPEN_STATE_DIR": str(shell.directory)}
+    environment = {
+        "_ASPEN_COMPLETE": "bash_complete",
+        "COMP_WORDS": "aspen kv get app",
+        "COMP_CWORD": "3",
+        "ASPEN_STATE_DIR": str(shell.directory),
+    }
     script = "from aspenfs.cli.aspen import main; main()"
     offered = subprocess.check_output([sys.executable, "-c", script], env=os.environ | environment)
     assert offered.split() == [b"plain,app/", b"plain,apple"]

@@ -24,8 +24,12 @@ CLIENT = b"test-client-0001"
 class Daemon:
     """Serves one LocalStore at `path`; it can be stopped and started again over the same store."""
 
-    def __init__(self, path: Path, status: Callable[[], Mapping[str, Any]] = dict,
-                 extra: Mapping[str, Handler] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        status: Callable[[], Mapping[str, Any]] = dict,
+        extra: Mapping[str, Handler] | None = None,
+    ) -> None:
         self.path, self._status, self._extra = path, status, extra
         self.store = LocalStore(SystemClock(), SystemEntropy(), trio.Event)
         self._thread: threading.Thread | None = None
@@ -34,8 +38,9 @@ class Daemon:
         self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
     def start(self) -> None:
@@ -105,7 +110,7 @@ class Raw:
     def ask(self, method: str, number: int = 1, **params: Any) -> dict[str, Any]:
         """The last message about one request; the items before it are under "items"."""
         self.send({"id": number, "method": method, "params": params})
-        items = []
+        items: list[Any] = []
         while True:
             message = self.receive()
             assert message is not None

@@ -90,9 +90,10 @@ def test_another_user_is_refused_even_if_the_socket_lets_him_connect(daemon: Dae
         "while chunk := s.recv(65536): data += chunk\n"
         "sys.stdout.buffer.write(data)\n"
     )
-    seen = subprocess.run([sys.executable, "-c", script, str(daemon.path)], check=True, capture_output=True,
-                          timeout=30).stdout
-    message = protocol.decode(seen[protocol.HEADER_BYTES:])
+    seen = subprocess.run(
+        [sys.executable, "-c", script, str(daemon.path)], check=True, capture_output=True, timeout=30
+    ).stdout
+    message = protocol.decode(seen[protocol.HEADER_BYTES :])
     assert message["error"]["name"] == "AccessDenied"
     assert "uid 65534" in message["error"]["message"]
 
@@ -188,24 +189,59 @@ def test_nested_arrays_cannot_announce_more_than_the_bound() -> None:
 
 integers = st.integers(-(1 << 63), (1 << 64) - 1)
 scalars = st.none() | st.booleans() | integers | st.text(max_size=9) | st.binary(max_size=9)
-trees = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4)
-                     | st.dictionaries(st.text(max_size=6), inner, max_size=4), max_leaves=8)
-METHODS = ["kv.range", "kv.txn", "kv.delete_range", "lease.grant", "lease.keepalive", "lease.revoke", "nothing"]
-clauses = st.fixed_dictionaries({}, optional={
-    "op": st.sampled_from(["put", "append", "delete", "delete_range", "get", "range"]) | scalars,
-    "target": st.sampled_from(["exists", "absent", "empty", "value", "mod", "create", "version"]) | scalars,
-    "operator": st.sampled_from(["=", "!=", "<", ">"]) | scalars,
-    "key": st.binary(max_size=5) | trees, "value": st.binary(max_size=5) | trees, "operand": trees, "lease": trees,
-    "start": st.binary(max_size=5) | trees, "end": st.binary(max_size=5) | trees, "limit": trees})
-params = st.fixed_dictionaries({}, optional={
-    "start": st.binary(max_size=5) | trees, "end": st.binary(max_size=5) | trees, "limit": trees,
-    "revision": trees, "keys_only": trees, "sequence": trees, "ttl_ms": trees, "lease": trees,
-    "compares": st.lists(clauses, max_size=3) | trees, "then": st.lists(clauses, max_size=3) | trees,
-    "else": st.lists(clauses, max_size=3) | trees})
-frames = (st.binary(max_size=80)
-          | st.binary(max_size=80).map(lambda payload: struct.pack(">I", len(payload)) + payload)
-          | (trees | st.dictionaries(integers | st.sampled_from(["id", "method", "params", "cancel"]), trees)).map(
-              lambda tree: struct.pack(">I", len(msgpack.packb(tree))) + msgpack.packb(tree)))
+trees = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+    max_leaves=8,
+)
+METHODS = [
+    "kv.range",
+    "kv.txn",
+    "kv.delete_range",
+    "lease.grant",
+    "lease.keepalive",
+    "lease.revoke",
+    "nothing",
+]
+clauses = st.fixed_dictionaries(
+    {},
+    optional={
+        "op": st.sampled_from(["put", "append", "delete", "delete_range", "get", "range"]) | scalars,
+        "target": st.sampled_from(["exists", "absent", "empty", "value", "mod", "create", "version"])
+        | scalars,
+        "operator": st.sampled_from(["=", "!=", "<", ">"]) | scalars,
+        "key": st.binary(max_size=5) | trees,
+        "value": st.binary(max_size=5) | trees,
+        "operand": trees,
+        "lease": trees,
+        "start": st.binary(max_size=5) | trees,
+        "end": st.binary(max_size=5) | trees,
+        "limit": trees,
+    },
+)
+params = st.fixed_dictionaries(
+    {},
+    optional={
+        "start": st.binary(max_size=5) | trees,
+        "end": st.binary(max_size=5) | trees,
+        "limit": trees,
+        "revision": trees,
+        "keys_only": trees,
+        "sequence": trees,
+        "ttl_ms": trees,
+        "lease": trees,
+        "compares": st.lists(clauses, max_size=3) | trees,
+        "then": st.lists(clauses, max_size=3) | trees,
+        "else": st.lists(clauses, max_size=3) | trees,
+    },
+)
+frames = (
+    st.binary(max_size=80)
+    | st.binary(max_size=80).map(lambda payload: struct.pack(">I", len(payload)) + payload)
+    | (trees | st.dictionaries(integers | st.sampled_from(["id", "method", "params", "cancel"]), trees)).map(
+        lambda tree: struct.pack(">I", len(msgpack.packb(tree))) + msgpack.packb(tree)
+    )
+)
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +252,9 @@ def fuzzed() -> Iterator[Daemon]:
 
 @settings(max_examples=200, deadline=None)
 @given(greeted=st.booleans(), data=st.lists(frames, min_size=1, max_size=4).map(b"".join))
-def test_hostile_bytes_end_their_connection_and_nothing_else(fuzzed: Daemon, greeted: bool, data: bytes) -> None:
+def test_hostile_bytes_end_their_connection_and_nothing_else(
+    fuzzed: Daemon, greeted: bool, data: bytes
+) -> None:
     with Raw(fuzzed.path) as bystander:
         with Raw(fuzzed.path, hello=greeted) as hostile:
             hostile.socket.sendall(data)
@@ -228,7 +266,9 @@ def test_hostile_bytes_end_their_connection_and_nothing_else(fuzzed: Daemon, gre
 
 @settings(max_examples=200, deadline=None)
 @given(method=st.sampled_from(METHODS), body=params)
-def test_any_parameters_get_an_answer_that_is_no_bug(fuzzed: Daemon, method: str, body: dict[str, Any]) -> None:
+def test_any_parameters_get_an_answer_that_is_no_bug(
+    fuzzed: Daemon, method: str, body: dict[str, Any]
+) -> None:
     with Raw(fuzzed.path) as client:
         answer = client.ask(method, **body)
         assert answer.get("error", {}).get("name") != "RemoteFailure"
@@ -245,7 +285,8 @@ def test_an_unknown_method_is_refused_and_the_connection_stays(daemon: Daemon) -
 
 @pytest.mark.parametrize(("method", "says"), [("bug", "failed at bug"), ("unsendable", "cannot be sent")])
 def test_a_bug_in_a_handler_is_logged_and_costs_one_request(
-        daemon: Daemon, caplog: pytest.LogCaptureFixture, method: str, says: str) -> None:
+    daemon: Daemon, caplog: pytest.LogCaptureFixture, method: str, says: str
+) -> None:
     with Raw(daemon.path) as client:
         error = client.ask(method)["error"]
         assert error["name"] == "RemoteFailure"
@@ -303,9 +344,19 @@ def test_a_number_that_is_under_way_ends_the_connection(daemon: Daemon) -> None:
 
 def test_writes_sent_ahead_of_their_answers_take_effect_in_order(daemon: Daemon) -> None:
     with Raw(daemon.path) as client:
-        client.send(*({"id": number, "method": "kv.txn", "params": {
-            "then": [{"op": "append", "key": b"k", "value": b"%d," % number}], "sequence": number}}
-            for number in range(1, 51)))
+        client.send(
+            *(
+                {
+                    "id": number,
+                    "method": "kv.txn",
+                    "params": {
+                        "then": [{"op": "append", "key": b"k", "value": b"%d," % number}],
+                        "sequence": number,
+                    },
+                }
+                for number in range(1, 51)
+            )
+        )
         answered = set()
         for _ in range(50):
             message = client.receive()
@@ -317,7 +368,7 @@ def test_writes_sent_ahead_of_their_answers_take_effect_in_order(daemon: Daemon)
 
 
 def test_a_write_repeated_on_a_new_connection_applies_once_and_gets_the_first_answer(daemon: Daemon) -> None:
-    append = {"then": [{"op": "append", "key": b"k", "value": b"once"}], "sequence": 1}
+    append: dict[str, Any] = {"then": [{"op": "append", "key": b"k", "value": b"once"}], "sequence": 1}
     with Raw(daemon.path) as client:
         first = client.ask("kv.txn", **append)["result"]
     with Raw(daemon.path) as again:
@@ -328,18 +379,25 @@ def test_a_write_repeated_on_a_new_connection_applies_once_and_gets_the_first_an
 def test_a_key_of_another_keyspace_cannot_be_reached(daemon: Daemon) -> None:
     daemon.run(daemon.store.txn, [], [(1, b"f/secret", b"not yours", 0, None), (1, b"k/mine", b"v", 0, None)])
     with Raw(daemon.path) as client:
-        found = [record[0] for item in client.ask("kv.range", start=b"", end=b"")["items"] for record in item["records"]]
+        found = [
+            record[0]
+            for item in client.ask("kv.range", start=b"", end=b"")["items"]
+            for record in item["records"]
+        ]
         assert found == [b"mine"]
         client.ask("kv.delete_range", start=b"", end=b"\xff" * 3)
     assert daemon.store.get(b"f/secret") is not None
     assert daemon.store.get(b"k/mine") is None
 
 
-@pytest.mark.parametrize(("key", "value", "name"), [
-    (b"", b"v", "InvalidArgument"),
-    (b"k" * (KEY_BYTES_MAX + 1), b"v", "InvalidArgument"),
-    (b"k", b"v" * (VALUE_BYTES_MAX + 1), "TooLarge"),
-])
+@pytest.mark.parametrize(
+    ("key", "value", "name"),
+    [
+        (b"", b"v", "InvalidArgument"),
+        (b"k" * (KEY_BYTES_MAX + 1), b"v", "InvalidArgument"),
+        (b"k", b"v" * (VALUE_BYTES_MAX + 1), "TooLarge"),
+    ],
+)
 def test_a_key_or_value_out_of_bounds_is_refused(daemon: Daemon, key: bytes, value: bytes, name: str) -> None:
     with Raw(daemon.path) as client:
         assert client.ask("kv.txn", then=[put(key, value)], sequence=1)["error"]["name"] == name
@@ -359,15 +417,26 @@ def test_a_put_is_stamped_with_the_time_and_keeps_what_a_mount_set(daemon: Daemo
     record = daemon.store.get(b"k/a")
     assert record is not None
     assert record.attributes["mode"] == 0o600
-    assert record.attributes["mtime"] > 1_000_000_000
+    mtime = record.attributes["mtime"]
+    assert isinstance(mtime, int)
+    assert mtime > 1_000_000_000
     assert record.version == 2
 
 
 def test_responses_stay_with_their_operations_around_a_put(daemon: Daemon) -> None:
     with Raw(daemon.path) as client:
         client.ask("kv.txn", then=[put(b"x", b"1"), put(b"y", b"2")], sequence=1)
-        answer = client.ask("kv.txn", then=[put(b"a", b"v"), {"op": "get", "key": b"x"}, put(b"b", b"v"),
-                                            {"op": "delete", "key": b"y"}, {"op": "get", "key": b"y"}], sequence=2)
+        answer = client.ask(
+            "kv.txn",
+            then=[
+                put(b"a", b"v"),
+                {"op": "get", "key": b"x"},
+                put(b"b", b"v"),
+                {"op": "delete", "key": b"y"},
+                {"op": "get", "key": b"y"},
+            ],
+            sequence=2,
+        )
     assert answer["result"]["responses"] == [None, {"count": 1}, None, {"count": 1}, {"count": 0}]
     assert [(item["response"], item["records"][0][1]) for item in answer["items"]] == [(1, b"1")]
 
@@ -427,7 +496,9 @@ def test_a_watch_hears_each_revision_from_where_it_says_it_begins(daemon: Daemon
 def test_a_revision_with_very_many_events_comes_in_several_frames(daemon: Daemon) -> None:
     async def fill() -> None:
         for start in range(0, 2_000, 100):
-            await daemon.store.txn([], [(1, b"k/%04d" % number, b"", 0, None) for number in range(start, start + 100)])
+            await daemon.store.txn(
+                [], [(1, b"k/%04d" % number, b"", 0, None) for number in range(start, start + 100)]
+            )
 
     async def empty() -> None:
         await daemon.store.txn([], [(3, b"k/", b"k0")])
@@ -437,20 +508,25 @@ def test_a_revision_with_very_many_events_comes_in_several_frames(daemon: Daemon
         watcher.send({"id": 1, "method": "kv.watch", "params": {}})
         watcher.receive()
         daemon.run(empty)
-        items = []
+        items: list[Any] = []
         while not items or not items[-1]["last"]:
             message = watcher.receive()
             assert message is not None
             items.append(message["item"])
     assert len(items) == 4
     assert len({item["revision"] for item in items}) == 1
-    assert [event[0] for item in items for event in item["events"]] == [b"%04d" % number for number in range(2_000)]
+    assert [event[0] for item in items for event in item["events"]] == [
+        b"%04d" % number for number in range(2_000)
+    ]
 
 
 def test_errors_come_out_of_the_socket_as_they_went_in() -> None:
     for error in (errors.Compacted(17), errors.NoSpace("the disk is full"), errors.LeaseNotFound("5")):
-        received = protocol.decode_error(protocol.decode(protocol.encode(
-            {"error": protocol.encode_error(error)})[protocol.HEADER_BYTES:])["error"])
+        received = protocol.decode_error(
+            protocol.decode(
+                protocol.encode({"error": protocol.encode_error(error)})[protocol.HEADER_BYTES :]
+            )["error"]
+        )
         assert type(received) is type(error)
         assert str(received) == str(error)
     assert isinstance(protocol.decode_error({"name": "os", "message": "x"}), errors.RemoteFailure)
