@@ -52,14 +52,21 @@ async def serve(
             await pyfuse3.main(min_tasks=loop.WORKERS, max_tasks=loop.WORKERS)
             nursery.cancel_scope.cancel()
     finally:
-        if not notifier.stop():
-            # Its thread waits in the kernel for an answer that will not come any more, inside the
-            # session: leave that to the end of the process, which ends the connection too.
-            log.warning("the notifier still waits for the kernel")
-            mounts.detach(mountpoint)
-            return
+        aborted = not notifier.stop()
+        if aborted:
+            _abort(notifier)
         # Also when unmounted from outside: then it only cleans up.
         pyfuse3.close(unmount=True)
+        if aborted:
+            mounts.recover_stale(mountpoint)  # libfuse leaves an aborted mount where it is
+
+
+def _abort(notifier: Notifier) -> None:
+    """The notifier waits in the kernel for an answer that nobody gives any more: end the connection."""
+    for descriptor in mounts.dev_fuse_fds():
+        mounts.abort(mounts.connection_number(descriptor))
+    if not notifier.stop(10.0):
+        log.error("the kernel does not let go of the notifier")
 
 
 async def _terminate_on(stop: trio.Event) -> None:
