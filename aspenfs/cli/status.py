@@ -19,9 +19,17 @@ from aspenfs.cli.kv import json_option
 from aspenfs.cli.lock import holder_pid
 from aspenfs.cli.output import EXIT_CODES_HELP, EXIT_REFUSED, EXIT_UNREACHABLE, failures, flush, print_json
 from aspenfs.cli.paths import ROOT_STATE_DIR, StateDirectory
+from aspenfs.fuse import mounts
 
 _FREE_SHARE_MIN = 0.05  # of the disk under the state directory
-_MOUNT_TYPE = "fuse.aspen"
+# What the store says about itself, where it is not "ok".
+_CONDITIONS = {
+    "full": ("the disk under the state directory is full: writes get ENOSPC, reads go on",
+             "free some space there: writes work again without a restart; nothing that was written is lost"),
+    "failed": ("the store stopped after an error of the disk",
+               "read {log}, see to the disk, then mount again"),
+    "closed": ("the daemon is ending", "wait for it, then mount again"),
+}
 
 
 class Problem(NamedTuple):
@@ -70,11 +78,21 @@ def _problems(directory: StateDirectory, daemon: Mapping[str, Any]) -> list[Prob
     """What the daemon complains about, and what it cannot see itself."""
     problems = [Problem(str(one.get("cause")), str(one.get("advice", "")))
                 for one in daemon.get("problems", [])]
-    mountpoint = daemon.get("mountpoint")
-    if mountpoint and mountpoint not in mounts():
-        problems.append(Problem(
-            f"the daemon runs, but {mountpoint} is not its mount any more",
-            f"end it (kill {daemon.get('pid', 'its pid')}) and mount again"))
+    if daemon.get("condition") in _CONDITIONS:
+        cause, advice = _CONDITIONS[daemon["condition"]]
+        problems.append(Problem(cause, advice.format(log=directory.log)))
+    if mountpoint := daemon.get("mountpoint"):
+        match mounts.probe(mountpoint):
+            case mounts.State.ABSENT:
+                problems.append(Problem(
+                    f"the daemon runs, but {mountpoint} is not its mount any more",
+                    f"end it (kill {daemon.get('pid', 'its pid')}) and mount again"))
+            case mounts.State.HUNG | mounts.State.STALE:
+                problems.append(Problem(
+                    f"the mount at {mountpoint} does not answer",
+                    f"read {directory.log}; if it stays so: umount -l {mountpoint}, and mount again"))
+            case mounts.State.SERVED:
+                pass
     disk = os.statvfs(directory.path)
     if disk.f_bavail < disk.f_blocks * _FREE_SHARE_MIN:
         problems.append(Problem(
@@ -103,9 +121,7 @@ def _not_running(directory: StateDirectory, cause: str) -> Problem:
     if pid is not None:
         return Problem(f"no daemon runs: {who} was killed or failed",
                        f"{directory.log} has its last words; {start}: what was written is kept")
-    stale = ", ".join(mounts())
-    hint = f" (mounted here, if one of them is left over: {stale})" if stale else ""
-    return Problem(f"no daemon runs on {directory.path}{hint}", start)
+    return Problem(f"no daemon runs on {directory.path}", start)
 
 
 def _locked(path: Path) -> bool:
@@ -116,17 +132,6 @@ def _locked(path: Path) -> bool:
         return False
     return any("FLOCK" in line and any(word.endswith(inode) for word in line.split())
                for line in Path("/proc/locks").read_text().splitlines())
-
-
-def mounts(table: str = "/proc/self/mountinfo") -> list[str]:
-    """Where aspen is mounted, from the kernel's table, touching no file system; see proc(5)."""
-    found = []
-    for line in Path(table).read_text(errors="surrogateescape").splitlines():
-        fields = line.split(" ")
-        if fields[fields.index("-") + 1] == _MOUNT_TYPE:
-            found.append(fields[4].encode("utf-8", "surrogateescape").decode("unicode_escape")
-                         .encode("latin-1").decode("utf-8", "surrogateescape"))
-    return found
 
 
 def _show(directory: StateDirectory, daemon: Mapping[str, Any] | None, problems: Sequence[Problem]) -> None:

@@ -14,7 +14,6 @@ from click.testing import CliRunner, Result
 from aspenfs.cli.aspen import aspen
 from aspenfs.cli.lock import StateLock
 from aspenfs.cli.paths import StateDirectory
-from aspenfs.cli.status import mounts
 from tests.runtime.controlled import Daemon, short_directory
 
 HEALTHY, NOT_HEALTHY, NOT_RUNNING = 0, 1, 4
@@ -36,10 +35,10 @@ def status(directory: Path, *arguments: str, code: int) -> Result:
 
 
 def test_a_daemon_without_problems_is_healthy(directory: Path) -> None:
-    with Daemon(directory / "ctl.sock", lambda: {"name": "demo", "blob_bytes": 5 << 20, "peers": []}):
+    with Daemon(directory / "ctl.sock", lambda: {"condition": "ok", "blob_bytes": 5 << 20, "peers": []}):
         lines = status(directory, code=HEALTHY).output.splitlines()
         assert lines[0] == "healthy"
-        assert [line.split() for line in lines[1:3]] == [["name", "demo"], ["blob", "bytes", "5", "MiB"]]
+        assert [line.split() for line in lines[1:3]] == [["condition", "ok"], ["blob", "bytes", "5", "MiB"]]
         body = json.loads(status(directory, "--json", code=HEALTHY).output)
     assert body["running"] is True
     assert body["healthy"] is True
@@ -111,12 +110,9 @@ def test_a_daemon_that_hangs_is_given_up_after_the_timeout(directory: Path) -> N
     assert result.exit_code == NOT_RUNNING
 
 
-def test_the_mount_table_is_read_with_its_escapes(tmp_path: Path) -> None:
-    table = tmp_path / "mountinfo"
-    table.write_bytes(
-        b"36 35 98:0 / / rw,noatime master:1 - ext4 /dev/root rw\n"
-        b"40 36 0:5 / /mnt/with\\040space\\011tab rw shared:7 - fuse.aspen demo rw\n"
-        b"41 36 0:6 / /mnt/caf\xc3\xa9 rw - fuse.aspen demo rw\n"
-        b"42 36 0:7 / /mnt/other rw - fuse.sshfs host: rw\n"
-    )
-    assert mounts(str(table)) == ["/mnt/with space\ttab", "/mnt/café"]
+@pytest.mark.parametrize(
+    ("condition", "says"), [("full", "ENOSPC"), ("failed", "daemon.log"), ("closed", "ending")]
+)
+def test_a_store_that_is_not_ok_is_not_healthy(directory: Path, condition: str, says: str) -> None:
+    with Daemon(directory / "ctl.sock", lambda: {"condition": condition}):
+        assert says in status(directory, code=NOT_HEALTHY).output
