@@ -101,8 +101,8 @@ class Wal:
         Raises Corrupt when something that had been durable does not read back (nothing was changed
         then), StorageError for another cluster's log, SyncFailed, NoSpace.
         `background=False` does all work in the calling threads, for simulation.
-        `claim=False`: the next frame is the first to say that what was found is durable, so that the
-        caller may `truncate_after` entries behind `claimed_at_open` that lost what they name.
+        `claim=False`: the next append or sync is the first to say in the log that what was found is
+        durable, so that the caller may `truncate_after` entries behind `claimed_at_open` before.
         """
         assert len(cluster_id) == CLUSTER_ID_BYTES
         assert segment_bytes >= SEGMENT_BYTES_MIN
@@ -131,8 +131,7 @@ class Wal:
                 segment.file.close()
             if found.torn_bytes:
                 logger.info("wal torn tail dropped directory=%s bytes=%d", directory, found.torn_bytes)
-            if claim:
-                wal._mark(wal._synced)
+            wal._seal_tail(claim)
             pool.stir()
         except BaseException as error:
             pool.close()
@@ -417,6 +416,24 @@ class Wal:
             if self._pool.failure is not None:
                 self._pool.stir()
             return index
+
+    def _seal_tail(self, claim: bool) -> None:
+        """Put a durable frame where the log ends, for nobody else yet has the log.
+
+        What stands there may be half of a frame that a power failure tore. Were it only written over
+        by the next append, another power failure could undo that in one sector and not in the next,
+        where equal payload bytes would then make the torn frame whole.
+        """
+        current = self._current
+        if current is None:
+            return
+        durable, self._claim = self._claim, self._claim if claim else 0
+        self._mark(self._synced)
+        current.file.datasync()
+        self._synced = (current.number, self._end)
+        self._claim = self._end if claim else durable
+        if not claim:
+            self._clean = (0, 0)  # the next sync has something to say
 
     def _die(self, error: OSError) -> StorageError:
         with self._lock:

@@ -127,6 +127,8 @@ class Recovered:
                 f"it goes on after entry {begin.index}, but the segment before ends with {self.last_index}"
             )
             raise Corrupt(segment.name, FIRST_FRAME, cause, ADVICE)
+        if begin.previous_synced:
+            self.synced = max(self.synced, (begin.previous_segment, begin.previous_synced))
         segment.base = segment.last_index = begin.index
         segment.begin, segment.begin_end = begin, frame.end
         self.segments.append(segment)
@@ -217,6 +219,7 @@ def _follow_chain(candidates: list[Segment], found: Recovered) -> None:
         frame = read_frame(segment.file, segment.tag, FIRST_FRAME)
         begin = decode_begin(frame) if frame is not None else None
         if frame is not None and begin is not None:
+            segment.begin = begin
             begins[segment.number] = (frame, begin)
             if begin.previous_segment in successors:
                 raise Corrupt(segment.name, FIRST_FRAME, "two segments follow the same one", ADVICE)
@@ -275,8 +278,12 @@ def _tail(found: Recovered, candidates: list[Segment], bad: tuple[int, int]) -> 
 
 
 def _claims(segment: Segment, frame: RawFrame) -> Iterator[tuple[int, int]]:
-    if frame.synced:
+    """Positions below which the log was durable when `frame` was written."""
+    if frame.synced > FIRST_FRAME:
         yield segment.number, frame.synced
+    elif frame.synced and segment.begin is not None:
+        # All segments before were durable. Where they ended only an intact BEGIN frame tells.
+        yield segment.begin.previous_segment, segment.begin.previous_end
     begin = decode_begin(frame)
     if begin is not None and begin.previous_synced:
         yield begin.previous_segment, begin.previous_synced
