@@ -117,9 +117,9 @@ def _mount(arguments: argparse.Namespace) -> int:
     except errors.InvalidArgument as error:
         raise Refused(ExitCode.USAGE, str(error)) from None
     _check_rights(options)
-    _check_fuse()
     options = options.at(_prepare_mountpoint(options.mountpoint))
     directory = _prepare_state(options)
+    _check_fuse()
     if arguments.verbose:
         print(f"mount.aspen: {options.to_json()}", file=sys.stderr)
     if fake:
@@ -172,10 +172,13 @@ def _check_fuse() -> None:
             f"{FUSE_DEVICE} is missing: load the kernel's module with `modprobe fuse`; "
             "a container must be given the device (--device /dev/fuse --cap-add SYS_ADMIN)",
         ) from None
+    except PermissionError:
+        raise Refused(
+            ExitCode.SYSTEM,
+            f"{FUSE_DEVICE} is not open to you: root can `chmod 666 {FUSE_DEVICE}`, as it is usual",
+        ) from None
     except OSError as error:
-        # For a user it is fusermount3, which is setuid root, that opens the device.
-        if os.geteuid() == 0 or not isinstance(error, PermissionError):
-            raise Refused(ExitCode.SYSTEM, f"{FUSE_DEVICE} cannot be opened: {error.strerror}") from None
+        raise Refused(ExitCode.SYSTEM, f"{FUSE_DEVICE} cannot be opened: {error.strerror}") from None
     if os.geteuid() and shutil.which("fusermount3") is None:
         raise Refused(ExitCode.SYSTEM, "fusermount3 is missing: install it (Debian: apt-get install fuse3)")
 
