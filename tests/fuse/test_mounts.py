@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,12 +57,17 @@ def mountpoint(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def fusectl(tmp_path: Path) -> Iterator[Path]:
-    directory = tmp_path / "fusectl"
-    directory.mkdir()
-    subprocess.run(["mount", "-t", "fusectl", "none", str(directory)], check=True, timeout=5)
-    yield directory
-    subprocess.run(["umount", str(directory)], check=True, timeout=5)
+def fusectl() -> Iterator[Path]:
+    """A fusectl mount of our own; not in pytest's tree, which other sessions rename when they clean up."""
+    directory = Path(tempfile.mkdtemp(prefix="aspenfs-fusectl-"))
+    try:
+        subprocess.run(["mount", "-t", "fusectl", "none", str(directory)], check=True, timeout=5)
+        try:
+            yield directory
+        finally:
+            subprocess.run(["umount", str(directory)], check=True, timeout=5)
+    finally:
+        directory.rmdir()
 
 
 @on_mount
@@ -84,7 +90,8 @@ def test_find_mount_sees_through_a_linked_parent_but_not_inside_the_mount(
 def test_probe_tells_absent_served_hung_and_stale_apart(mountpoint: Path) -> None:
     mountpoint.mkdir()
     assert mounts.probe(mountpoint) is mounts.State.ABSENT
-    with ToyDaemon(mountpoint) as toy:
+    with ToyDaemon(mountpoint, "--timeout", "60") as toy:
+        toy.run_in_mount("os.stat(m)")  # the kernel now has the attributes, and would answer for the daemon
         assert mounts.probe(mountpoint) is mounts.State.SERVED
         toy.send_signal(signal.SIGSTOP)
         began_s = time.monotonic()
@@ -111,6 +118,9 @@ def test_recover_takes_away_stacked_stale_mounts_and_keeps_a_served_one(mountpoi
         assert mounts.recover_stale(mountpoint) == 0
         served.run_in_mount("os.stat(m)")
         with ToyDaemon(mountpoint) as middle, ToyDaemon(mountpoint) as top:
+            found = mounts.find_mount(mountpoint)
+            assert found is not None
+            assert top.ask("connection") == {"connections": [found.minor]}
             for toy in (middle, top):
                 toy.send_signal(signal.SIGKILL)
                 toy.ends()

@@ -80,8 +80,8 @@ class ToyDaemon:
                     stream.close()
 
     def mounted(self) -> bool:
-        needle = f" {self.mountpoint} "
-        return any(needle in line for line in Path("/proc/self/mountinfo").read_text().splitlines())
+        escaped = os.fsencode(self.mountpoint).replace(b" ", rb"\040")
+        return escaped in Path("/proc/self/mountinfo").read_bytes().split()
 
     def _line(self) -> str:
         assert self.process.stdout is not None
