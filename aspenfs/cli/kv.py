@@ -7,7 +7,7 @@ txn (`kv_txn.py`), watch (`kv_watch.py`), lease (`kv_lease.py`).
 import binascii
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -340,8 +340,7 @@ def ls(settings: Settings, prefix: str, limit: int, revision: int, keys_only: bo
         if as_json:
             result = _each(listing, lambda record: print_json(record_json(record)))
         elif long_:
-            print_bytes([_LONG_HEADER])
-            result = _each(listing, lambda record: print_bytes([_long(record)]))
+            result = _each(listing, lambda record: print_bytes([_long(record)]), header=_LONG_HEADER)
         else:
             end = b"\0" if null else b"\n"
             result = _each(listing, lambda record: print_bytes([record.key, end]))
@@ -351,20 +350,23 @@ def ls(settings: Settings, prefix: str, limit: int, revision: int, keys_only: bo
             click.echo("aspen: history was compacted meanwhile: later keys are newer than earlier", err=True)
 
 
-def _each(listing: Any, show: Callable[[Record], None]) -> dict[str, Any]:
-    """Shows every record as it comes; returns the result of the listing."""
-    shown_since_flush = 0
+def _each(listing: Generator[Record, None, dict[str, Any]], show: Callable[[Record], None], *,
+          header: bytes = b"") -> dict[str, Any]:
+    """Shows every record as it comes, below the header if there is one; returns the listing's result."""
+    count = 0
     while True:
         try:
-            show(next(listing))
+            record = next(listing)
         except StopIteration as stop:
             flush()
             result: dict[str, Any] = stop.value
             return result
-        shown_since_flush += 1
-        if shown_since_flush == _FLUSH_KEYS:
+        if not count:
+            print_bytes([header])
+        show(record)
+        count += 1
+        if count % _FLUSH_KEYS == 0:
             flush()
-            shown_since_flush = 0
 
 
 _LONG = "{:>10}  {:>7}  {:>15}  {:>8}  {:19}  {}\n"

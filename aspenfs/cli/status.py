@@ -20,6 +20,7 @@ from aspenfs.cli.lock import holder_pid
 from aspenfs.cli.output import EXIT_CODES_HELP, EXIT_REFUSED, EXIT_UNREACHABLE, failures, flush, print_json
 from aspenfs.cli.paths import ROOT_STATE_DIR, StateDirectory
 from aspenfs.fuse import mounts
+from aspenfs.runtime import identity
 
 _FREE_SHARE_MIN = 0.05  # of the disk under the state directory
 # What the store says about itself, where it is not "ok".
@@ -103,21 +104,23 @@ def _problems(directory: StateDirectory, daemon: Mapping[str, Any]) -> list[Prob
 
 def _not_running(directory: StateDirectory, cause: str) -> Problem:
     """Why no daemon answers, as far as its state directory tells."""
-    start = "start one: mount -t aspen NAME MOUNTPOINT"
-    try:
-        os.stat(directory.path)
-    except FileNotFoundError:
+    make = "make one: tools/up MOUNTPOINT, or mount -t aspen -o create NAME MOUNTPOINT"
+    if not directory.path.exists():
         if os.geteuid() != 0 and ROOT_STATE_DIR.exists() and directory.path != ROOT_STATE_DIR:
             return Problem(f"no node of yours: {directory.path} does not exist",
                            f"root's node is in {ROOT_STATE_DIR}: sudo aspen status")
         return Problem(f"no node here yet: {directory.path} does not exist",
-                       "make one: tools/up MOUNTPOINT, or mount -t aspen NAME MOUNTPOINT")
+                       make)
     pid = holder_pid(directory)
     who = "a daemon" if pid is None else f"the daemon with pid {pid}"
     if _locked(directory.lock):
         return Problem(f"{who} is at work on {directory.path} but does not answer: {cause}",
                        f"it may still be starting: try again; else read {directory.log}, kill it and mount "
                        "again: what was written is kept")
+    cluster = identity.read(directory.path)
+    if cluster is None:
+        return Problem(f"no node here yet: {directory.path} holds no cluster", make)
+    start = f"start one: mount -t aspen {cluster.name} MOUNTPOINT"
     if pid is not None:
         return Problem(f"no daemon runs: {who} was killed or failed",
                        f"{directory.log} has its last words; {start}: what was written is kept")

@@ -14,6 +14,8 @@ from click.testing import CliRunner, Result
 from aspenfs.cli.aspen import aspen
 from aspenfs.cli.lock import StateLock
 from aspenfs.cli.paths import StateDirectory
+from aspenfs.runtime import identity
+from aspenfs.runtime.system import SystemEntropy
 from tests.runtime.controlled import Daemon, short_directory
 
 HEALTHY, NOT_HEALTHY, NOT_RUNNING = 0, 1, 4
@@ -21,7 +23,9 @@ HEALTHY, NOT_HEALTHY, NOT_RUNNING = 0, 1, 4
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
+    """The state directory of a node that is not running."""
     with short_directory() as path:
+        identity.create(path, "demo", SystemEntropy())
         yield path
 
 
@@ -71,12 +75,19 @@ def test_where_no_node_ever_was_it_tells_how_to_make_one(directory: Path) -> Non
     assert "mount -t aspen" in output
 
 
+def test_a_directory_without_a_cluster_is_no_node_yet() -> None:
+    with short_directory() as path:
+        output = status(path, code=NOT_RUNNING).output
+    assert "holds no cluster" in output
+    assert "-o create" in output
+
+
 def test_a_stopped_node_is_not_running(directory: Path) -> None:
     body = json.loads(status(directory, "--json", code=NOT_RUNNING).output)
     assert body["running"] is False
     assert body["daemon"] is None
     assert "no daemon runs" in body["problems"][0]["cause"]
-    assert "mount -t aspen" in body["problems"][0]["advice"]
+    assert "mount -t aspen demo MOUNTPOINT" in body["problems"][0]["advice"]
 
 
 def test_a_killed_daemon_is_told_from_a_stopped_one(directory: Path) -> None:
