@@ -25,6 +25,7 @@ from aspenfs.runtime.syncer import Loop
 
 Effects = Sequence[tuple[bytes, Record | None]]
 
+_SYNC = -1  # in the queue, in place of an index
 _STEP_EFFECTS = 512  # settled in one go: about 0.2 ms of the loop
 _BATCH_BYTES_MAX = 16 * MIB  # of values in one transaction
 _BREATH_SECONDS = 0.0005  # for the others, after each slice: puts hold the interpreter lock
@@ -36,7 +37,8 @@ class Applier:
 
     def __init__(self, state: StateDb, applied: Callable[[list[int]], object],
                  stalled: Callable[[NoSpace], object], failed: Callable[[BaseException], object]) -> None:
-        """In the loop's thread: `applied` gets the steps of a batch, the last one its applied index;
+        """In the loop's thread: `applied` gets the steps of a batch, the last one its applied index,
+        and is called after a sync;
         `stalled` the reason why there will be none for a while; `failed` what ended the thread."""
         self._state = state
         self._applied, self._stalled, self._failed = applied, stalled, failed
@@ -64,6 +66,10 @@ class Applier:
         if index > self._requested:
             self._requested = index
             self._queue.put(index)
+
+    def request_sync(self) -> None:
+        """What is applied shall be durable in the state; `applied` gets no steps then."""
+        self._queue.put(_SYNC)
 
     def start(self, loop: Loop) -> None:
         self._stopping.clear()
@@ -97,6 +103,9 @@ class Applier:
         try:
             while not self._stopping.is_set():
                 upto = self._queue.get()
+                if upto == _SYNC:
+                    self._state.sync()
+                    loop.run_sync_soon(self._applied, [])
                 while not self._stopping.is_set() and (batch := self._next_batch(upto)):
                     self._apply_patiently(*batch, loop)
         except BaseException as error:

@@ -16,6 +16,7 @@ import logging
 import sys
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,19 +31,20 @@ from aspenfs.kv.state import Outcome
 from aspenfs.kv.store import Dedup, Observer
 from aspenfs.kv.types import Batch, Compare, Operation, Record, TxnResult
 from aspenfs.limits import MIB, OVERLAY_BYTES_MAX, SYNC_INTERVAL_MS, WAL_SEGMENT_BYTES
-from aspenfs.runtime import identity, recovery
+from aspenfs.runtime import identity, recovery, store_status
 from aspenfs.runtime.applier import Applier
 from aspenfs.runtime.disk import RealDisk
 from aspenfs.runtime.identity import Identity
 from aspenfs.runtime.recovery import VerifyEntry
-from aspenfs.runtime.statedb import MAP_BYTES, StateDb
+from aspenfs.runtime.statedb import MAP_BYTES, Snapshot, StateDb, Summary
+from aspenfs.runtime.store_status import WAL_DIRECTORY
 from aspenfs.runtime.syncer import Hook, Syncer
 from aspenfs.runtime.wal import Kind, Wal
 from aspenfs.seams import Clock, Disk, Entropy
 
 logger = logging.getLogger(__name__)
 
-WAL_DIRECTORY, STATE_DIRECTORY = "wal", "state"
+STATE_DIRECTORY = "state"
 
 _TERM = 1  # until the log is replicated
 _ENTRY = int(Kind.ENTRY)
@@ -55,9 +57,9 @@ class NodeStore:
     """A durable `kv.store.Store`. Made by `open`; durable in the background while `run` runs."""
 
     def __init__(self, node: Identity, wal: Wal, state: StateDb, clock: Clock, entropy: Entropy,
-                 pre_sync: Sequence[Hook], segments: Callable[[], int]) -> None:
+                 pre_sync: Sequence[Hook], disk: Disk) -> None:
         self.identity = node
-        self._wal, self._state, self._segments = wal, state, segments
+        self._wal, self._state, self._disk = wal, state, disk
         self.engine = engine = Engine(state, clock, entropy, trio.Event, index=state.applied_index)
         self._overlay = engine.overlay
         self._applier = Applier(state, self._batch_applied, self._applier_stalled, self._fail)
@@ -93,7 +95,7 @@ class NodeStore:
         try:
             state = StateDb(directory / STATE_DIRECTORY, map_bytes=map_bytes, free_bytes=free_bytes)
             try:
-                store = cls(node, wal, state, clock, entropy, pre_sync, lambda: _segments(log))
+                store = cls(node, wal, state, clock, entropy, pre_sync, log)
                 replayed = recovery.replay(wal, WAL_DIRECTORY, state, store.engine, store._applier,
                                            store._syncer, verify_entry)  # fmt: skip
             except BaseException:
@@ -145,6 +147,8 @@ class NodeStore:
             if engine.revision > engine.committed_revision:
                 self._syncer.request()
             self._applier.request(engine.committed_revision)
+            if self._state.durable_index < self._state.applied_index == engine.committed_revision:
+                self._applier.request_sync()  # nothing comes that would do it
             try:
                 self._gated = self._wal.short_of_space
                 if self._gated:
@@ -191,17 +195,17 @@ class NodeStore:
     def _flush_state(self) -> None:
         """Applies what is committed and trims the log. NoSpace: the next start applies it from the log."""
         try:
-            self._apply_here()
+            self.apply()
             self._wal.trim(self._state.sync() + 1)
         except NoSpace as error:
             logger.warning("revision=%d closing with a full disk: %s", self.revision, error)
 
-    def _apply_here(self) -> None:
-        """What the threads do, without them."""
-        self._applier.apply_now(self.engine.committed_revision)
-        self._to_settle.clear()
-        self._state.refresh()
-        self._overlay.settle(self._state.applied_index)
+    def apply(self) -> None:
+        """Carries what is committed into the state, here: only while `run` does not. Blocks. NoSpace."""
+        assert not self._syncer.running, "the applier's thread does this"
+        steps = self._applier.apply_now(self.engine.committed_revision)
+        if steps:
+            self._batch_applied(steps[-1:])
 
     # --- failing ---
 
@@ -253,7 +257,7 @@ class NodeStore:
         self._stall = None
         # No await from here to the first settle: readers see each effect in the overlay or below.
         self._state.refresh()
-        idle = not self._to_settle
+        idle = bool(steps) and not self._to_settle
         self._to_settle.extend(steps)
         try:
             self._wal.trim(self._state.durable_index + 1)
@@ -279,6 +283,12 @@ class NodeStore:
     @property
     def revision(self) -> int:
         return self.engine.revision
+
+    @property
+    def replay_floor(self) -> int:
+        """Entries up to this one are never evaluated again, come what may: only what they alone name
+        (a chunk whose last reference was dropped at or below it) may be destroyed."""
+        return self._state.durable_index
 
     async def txn(self, compares: Sequence[Compare], then: Sequence[Operation],
                   else_: Sequence[Operation] = (), *, dedup: Dedup | None = None,
@@ -331,7 +341,7 @@ class NodeStore:
                 raise self._stall.with_traceback(None)
             if not self._syncer.running:
                 self._flush_log()
-                self._apply_here()
+                self.apply()
                 continue
             self._applier.hurried = True
             self._syncer.request()
@@ -397,35 +407,20 @@ class NodeStore:
 
     # --- looking at it ---
 
+    def snapshot(self) -> AbstractContextManager[Snapshot]:
+        """What is applied, standing still: for a walk in a thread (`aspen check`)."""
+        return self._state.snapshot()
+
+    def verify(self) -> Summary:
+        """Walks the state database; Corrupt names the first thing that is wrong. In any thread."""
+        return self._state.verify()
+
     def status(self) -> dict[str, int | str]:
-        """Figures for `cluster/` and `aspen status`; indices, bytes, counts and microseconds."""
-        syncer, state = self._syncer, self._state
-        return {
-            "cluster": self.identity.name,
-            "cluster_id": self.identity.cluster_id.hex(),
-            "node": self.identity.node_id,
-            "state": "failed" if self._failure is not None else "full" if self._full() else "ok",
-            "revision": self.engine.revision,
-            "committed": self.engine.committed_revision,
-            "applied": state.applied_index,
-            "state_durable": state.durable_index,
-            "durable": self._wal.synced_index,
-            "wal_first": self._wal.first_index,
-            "wal_last": self._wal.last_index,
-            "wal_segments": self._segments(),
-            "overlay_bytes": self._overlay.bytes,
-            "state_bytes": state.size_bytes(),
-            "applied_batches": self._applier.batches,
-            "syncs": syncer.syncs,
-            "sync_last_us": syncer.last_ns // 1000,
-            "sync_mean_us": syncer.total_ns // 1000 // max(1, syncer.syncs),
-            "sync_longest_us": syncer.longest_ns // 1000,
-        }
+        """Figures for `cluster/` and `aspen status`: see `store_status.py`."""
+        return store_status.figures(self.identity, self.engine, self._wal, self._disk, self._state,
+                                    self._syncer, self._applier, self._condition())  # fmt: skip
 
-    def _full(self) -> bool:
-        return self._stall is not None or self._wal.short_of_space
-
-
-def _segments(disk: Disk) -> int:
-    """Files of the log, the one prepared ahead of need included."""
-    return sum(name.endswith(".wal") for name in disk.list(WAL_DIRECTORY))
+    def _condition(self) -> str:
+        if self._failure is not None:
+            return "closed" if isinstance(self._failure, errors.Closed) else "failed"
+        return "full" if self._stall is not None or self._wal.short_of_space else "ok"
