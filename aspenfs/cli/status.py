@@ -23,14 +23,8 @@ from aspenfs.fuse import mounts
 from aspenfs.runtime import identity
 
 _FREE_SHARE_MIN = 0.05  # of the disk under the state directory
-# What the store says about itself, where it is not "ok".
-_CONDITIONS = {
-    "full": ("the disk under the state directory is full: writes get ENOSPC, reads go on",
-             "free some space there: writes work again without a restart; nothing that was written is lost"),
-    "failed": ("the store stopped after an error of the disk",
-               "read {log}, see to the disk, then mount again"),
-    "closed": ("the daemon is ending", "wait for it, then mount again"),
-}
+# Said already in other words, or meant for programs.
+_NOT_SHOWN = ("health", "problems", "metrics", "figures")
 
 
 class Problem(NamedTuple):
@@ -79,9 +73,6 @@ def _problems(directory: StateDirectory, daemon: Mapping[str, Any]) -> list[Prob
     """What the daemon complains about, and what it cannot see itself."""
     problems = [Problem(str(one.get("cause")), str(one.get("advice", "")))
                 for one in daemon.get("problems", [])]
-    if daemon.get("condition") in _CONDITIONS:
-        cause, advice = _CONDITIONS[daemon["condition"]]
-        problems.append(Problem(cause, advice.format(log=directory.log)))
     if mountpoint := daemon.get("mountpoint"):
         match mounts.probe(mountpoint):
             case mounts.State.ABSENT:
@@ -146,10 +137,10 @@ def _show(directory: StateDirectory, daemon: Mapping[str, Any] | None, problems:
         click.echo(f"  ! {cause}")
         if advice:
             click.echo(f"    {advice}")
-    rows = [(name, value) for name, value in (daemon or {}).items() if name != "problems"]
-    rows = rows or [("state_directory", str(directory.path))]
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
+    told = daemon or {"state_directory": str(directory.path)}
+    rows = {name: value for name, value in told.items() if name not in _NOT_SHOWN} | told.get("figures", {})
+    width = max(map(len, rows), default=0)
+    for name, value in rows.items():
         click.echo(f"  {name.replace('_', ' '):{width}}  {_text(name, value)}")
 
 
@@ -159,9 +150,9 @@ def _text(name: str, value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_text(str(key), item)}" for key, item in value.items())
+        return " ".join(str(item) for item in value.values())
     if isinstance(value, list):
-        return ", ".join(_text("", item) for item in value)
+        return ", ".join(_text(name, item) for item in value) or "-"
     return "-" if value is None else str(value)
 
 

@@ -39,15 +39,27 @@ def status(directory: Path, *arguments: str, code: int) -> Result:
 
 
 def test_a_daemon_without_problems_is_healthy(directory: Path) -> None:
-    with Daemon(directory / "ctl.sock", lambda: {"condition": "ok", "blob_bytes": 5 << 20, "peers": []}):
+    with Daemon(
+        directory / "ctl.sock",
+        lambda: {
+            "name": "demo",
+            "members": [{"name": "node 1", "role": "voter"}],
+            "figures": {"blob_bytes": 5 << 20},
+            "metrics": {"aspen_blob_bytes": {"type": "gauge", "value": 5 << 20}},
+        },
+    ):
         lines = status(directory, code=HEALTHY).output.splitlines()
         assert lines[0] == "healthy"
-        assert [line.split() for line in lines[1:3]] == [["condition", "ok"], ["blob", "bytes", "5", "MiB"]]
+        assert [line.split() for line in lines[1:]] == [
+            ["name", "demo"],
+            ["members", "node", "1", "voter"],
+            ["blob", "bytes", "5", "MiB"],
+        ]
         body = json.loads(status(directory, "--json", code=HEALTHY).output)
     assert body["running"] is True
     assert body["healthy"] is True
     assert body["problems"] == []
-    assert body["daemon"]["blob_bytes"] == 5 << 20
+    assert body["daemon"]["figures"]["blob_bytes"] == 5 << 20
 
 
 def test_what_the_daemon_complains_about_is_told_with_the_next_step(directory: Path) -> None:
@@ -119,11 +131,3 @@ def test_a_daemon_that_hangs_is_given_up_after_the_timeout(directory: Path) -> N
         mute.listen()
         result = CliRunner().invoke(aspen, ["--state-dir", str(directory), "--timeout", "0.05", "status"])
     assert result.exit_code == NOT_RUNNING
-
-
-@pytest.mark.parametrize(
-    ("condition", "says"), [("full", "ENOSPC"), ("failed", "daemon.log"), ("closed", "ending")]
-)
-def test_a_store_that_is_not_ok_is_not_healthy(directory: Path, condition: str, says: str) -> None:
-    with Daemon(directory / "ctl.sock", lambda: {"condition": condition}):
-        assert says in status(directory, code=NOT_HEALTHY).output
