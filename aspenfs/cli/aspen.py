@@ -17,6 +17,7 @@ from aspenfs.cli.paths import StateDirectory, state_directory
 
 # name -> (module, attribute, what `aspen --help` says); a new command is one line here
 COMMANDS: dict[str, tuple[str, str, str]] = {
+    "check": ("aspenfs.cli.check", "check", "Verify every row and every byte; repair offline."),
     "completion": ("aspenfs.cli.completion", "completion", "Print the completion script of a shell."),
     "kv": ("aspenfs.cli.kv", "kv", "Keys: get, put, delete, cas, ls, txn, watch, lease."),
     "status": ("aspenfs.cli.status", "status", "Is it healthy, and if not, what to do."),

@@ -17,6 +17,7 @@ import trio
 
 from aspenfs import errors
 from aspenfs.blobs.store import BlobStore
+from aspenfs.cli.checking import OnlineCheck
 from aspenfs.cli.lock import StateLock
 from aspenfs.cli.options import MountOptions
 from aspenfs.cli.paths import StateDirectory, state_directory
@@ -141,7 +142,12 @@ class Node:
                 if options.subtree != "/":
                     await self.filesystem.use_subtree(os.fsencode(options.subtree))
                 self.store.observe(self.observe)
-                control = ControlServer(self.store, self.status, {}, clock=self.clock)
+                control = ControlServer(
+                    self.store,
+                    self.status,
+                    {"check": OnlineCheck(self.store, self.blobs).handle},
+                    clock=self.clock,
+                )
                 await nursery.start(partial(control.serve, str(self.directory.control_socket)))
                 nursery.start_soon(self._housekeeping)
                 nursery.start_soon(self._signals)
@@ -169,7 +175,12 @@ class Node:
     def _presentation(self) -> Presentation:
         options = self.options
         return Presentation(
-            options.uid, options.gid, options.umask or 0, options.attr_timeout_s, options.entry_timeout_s, options.sync
+            options.uid,
+            options.gid,
+            options.umask or 0,
+            options.attr_timeout_s,
+            options.entry_timeout_s,
+            options.sync,
         )
 
     async def _signals(self) -> None:

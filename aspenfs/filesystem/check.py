@@ -49,6 +49,7 @@ class Check:
         self.state, self.has_blob = state, has_blob
         self.nodes: dict[int, _Node] = {}
         self.references: dict[bytes, int] = {}
+        self.named: set[bytes] = set()  # digests that extents name
         self.adopted = 0
 
     def problems(self) -> Iterator[Problem]:
@@ -173,6 +174,7 @@ class Check:
             node.extents += extent.length
             if extent.data is None:
                 self.references[extent.digest] = self.references.get(extent.digest, 0) + 1
+                self.named.add(extent.digest)
                 if self.has_blob is not None and not self.has_blob(extent.digest):
                     text = f"bytes {extent.offset}+{extent.length} are lost: no blob {extent.digest.hex()}"
                     yield Problem(where, text, None)

@@ -16,6 +16,7 @@ write transactions are bound to the thread that began them). One process, one en
 import errno
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import lmdb
@@ -233,6 +234,12 @@ class StateDb:
         """Bytes of the file that are in use or free for reuse; it never shrinks."""
         return (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
 
+    @contextmanager
+    def snapshot(self) -> Iterator["Snapshot"]:
+        """What is applied now, standing still, for a walk in any thread. It pins pages: end it soon."""
+        with self._env.begin(db=self._root) as txn:
+            yield Snapshot(txn, self._databases)
+
     def verify(self) -> Summary:
         """Walks over everything in a snapshot of its own; Corrupt names the first thing that is wrong.
 
@@ -282,6 +289,23 @@ class StateDb:
         self._txn.abort()
         self._generation += 1
         self._env.close()
+
+
+class Snapshot:
+    """The applied state at one moment. To be used by one thread."""
+
+    __slots__ = ("_databases", "_txn")
+
+    def __init__(self, txn: longkeys.Transaction, databases: Databases) -> None:
+        self._txn, self._databases = txn, databases
+
+    def get(self, key: bytes) -> Record | None:
+        raw = self._txn.get(key) if 0 < len(key) < CHUNK else longkeys.get(self._txn, self._databases, key)
+        return None if raw is None else records.unpack(raw)
+
+    def scan(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, Record]]:
+        for key, raw in longkeys.forward(self._txn, self._databases, start, end or None):
+            yield key, records.unpack(raw)
 
 
 def _translated(error: lmdb.Error, path: str) -> Exception:

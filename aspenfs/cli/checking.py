@@ -1,0 +1,154 @@
+"""Verification of a whole node: log, state database, blobs, and the invariants of files/.
+
+Belongs here: the order of the checks and what each needs; offline (nobody else works on the state) and
+online (beside a serving daemon). Not here: the invariants themselves (`filesystem/check.py`), printing.
+
+Offline the log is verified by recovering from it, as the next mount would. Online it is not: the daemon
+that appends to it has verified it when it started.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import trio
+
+from aspenfs import errors
+from aspenfs.blobs.store import BlobStore
+from aspenfs.cli.lock import StateLock
+from aspenfs.cli.paths import StateDirectory
+from aspenfs.filesystem.check import Check, Problem, unnamed_blobs
+from aspenfs.filesystem.layout import BLOB_PREFIX, named_digests
+from aspenfs.runtime.control_command import Call
+from aspenfs.runtime.disk import RealDisk
+from aspenfs.runtime.host import NodeStore
+from aspenfs.runtime.system import SystemClock, SystemEntropy
+
+PASSES_MAX = 8  # a repair may uncover what it hid; each pass mends what the last one left
+
+
+class Finding(NamedTuple):
+    """`part` is log, state, blobs or files. `mended`: done; `mendable`: would be, with --repair."""
+
+    part: str
+    where: str
+    text: str
+    mendable: bool = False
+    mended: bool = False
+
+
+class Totals(NamedTuple):
+    keys: int
+    inodes: int
+    chunks: int
+
+
+def check_offline(
+    directory: StateDirectory, *, repair: bool, done: Callable[[Totals], None]
+) -> Iterator[Finding]:
+    """Findings, worst part first; `done` gets the totals if the walk came to its end. Busy if in use."""
+    with StateLock.acquire(directory):
+        try:
+            blobs = BlobStore.open(RealDisk(directory.path))
+        except errors.StorageError as error:
+            yield Finding("blobs", "", str(error))
+            return
+        try:
+            store = NodeStore.open(
+                directory.path,
+                SystemClock(),
+                SystemEntropy(),
+                background=False,
+                verify_entry=lambda command: all(map(blobs.has, named_digests(command))),
+            )
+        except errors.StorageError as error:
+            blobs.close()
+            yield Finding("log", "", str(error))
+            return
+        try:
+            yield from _verify_opened(store, blobs, repair, done)
+        finally:
+            store.close()
+            blobs.close()
+
+
+def _verify_opened(
+    store: NodeStore, blobs: BlobStore, repair: bool, done: Callable[[Totals], None]
+) -> Iterator[Finding]:
+    try:
+        keys = store.verify().keys
+    except errors.Corrupt as error:
+        yield Finding("state", error.file, str(error))
+        return
+    chunks = 0
+    for digest, damage in blobs.verify(quarantine=repair):
+        chunks += 1
+        if damage is not None:
+            yield Finding("blobs", digest.hex() if digest else damage.file, str(damage), True, repair)
+    check = Check(store, blobs.has)
+    problems = list(check.problems())
+    for _ in range(PASSES_MAX if repair else 0):
+        mends = [problem.mend for problem in problems if problem.mend is not None]
+        if not mends:
+            break
+        for problem in problems:
+            if problem.mend is not None:
+                yield Finding("files", problem.where, problem.text, True, True)
+        trio.run(_mend, store, mends)
+        check = Check(store, blobs.has)
+        problems = list(check.problems())
+    yield from map(_unmended, problems)
+    if repair:
+        # A crash between storing a chunk and naming it leaves bytes that nothing will ever delete.
+        blobs.delete(list(unnamed_blobs(store, _digests(blobs))))
+    done(Totals(keys, len(check.nodes), chunks))
+
+
+async def _mend(store: NodeStore, mends: list[Any]) -> None:
+    for operations in mends:
+        await store.txn([], operations)
+
+
+def _digests(blobs: BlobStore) -> Iterator[bytes]:
+    for digest, damage in blobs.verify():
+        if digest is not None and damage is None:
+            yield digest
+
+
+def _unmended(problem: Problem) -> Finding:
+    return Finding("files", problem.where, problem.text, problem.mend is not None)
+
+
+class OnlineCheck:
+    """The daemon's own answer to `aspen check`: walks a snapshot in a thread, mends nothing."""
+
+    def __init__(self, store: NodeStore, blobs: BlobStore) -> None:
+        self.store, self.blobs = store, blobs
+
+    async def handle(self, call: Call) -> dict[str, int]:
+        """Sends each finding as an item [part, where, text, mendable]; the totals are the result."""
+        try:
+            keys = (await trio.to_thread.run_sync(self.store.verify)).keys
+        except errors.Corrupt as error:
+            await call.item(["state", error.file, str(error), False])
+            return {"keys": 0, "inodes": 0, "chunks": 0}
+        problems, missing, inodes = await trio.to_thread.run_sync(self._walk)
+        for problem in problems:
+            await call.item(list(_unmended(problem)[:4]))
+        for digest in missing:
+            # The snapshot is older than the index of blobs: what nobody names any more may be gone.
+            if self.store.get(BLOB_PREFIX + digest) is not None and not self.blobs.has(digest):
+                await call.item(["files", digest.hex(), "bytes are lost: there is no such blob", False])
+        chunks = 0
+        for found, damage in self.blobs.verify():
+            chunks += 1
+            if damage is not None:
+                await call.item(["blobs", found.hex() if found else damage.file, str(damage), True])
+            await trio.lowlevel.checkpoint()
+        return {"keys": keys, "inodes": inodes, "chunks": chunks}
+
+    def _walk(self) -> tuple[list[Problem], list[bytes], int]:
+        """In a thread. Whether a blob is there is asked afterwards, in the loop that owns the blobs."""
+        with self.store.snapshot() as snapshot:
+            check = Check(snapshot, None)
+            problems = list(check.problems())
+            return problems, [d for d in check.named if not self.blobs.has(d)], len(check.nodes)
