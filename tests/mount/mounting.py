@@ -43,10 +43,17 @@ class Mount:
 
     def start(self, options: str | None = None, spec: str = "demo") -> "Mount":
         """Mounts; returns when the mount answers."""
-        chosen = ",".join(filter(None, ["create", f"state_dir={self.state}", self.options if options is None else options]))
+        chosen = ",".join(
+            filter(None, ["create", f"state_dir={self.state}", self.options if options is None else options])
+        )
         command = [sys.executable, "-m", "aspenfs.cli.mount", spec, str(self.mountpoint), "-o", chosen]
         done = subprocess.run(
-            command, env={**os.environ, **self.environment}, capture_output=True, text=True, timeout=60, check=False
+            command,
+            env={**os.environ, **self.environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
         if done.returncode:
             raise RuntimeError(f"mount.aspen: exit {done.returncode}: {done.stdout}{done.stderr}")
@@ -68,7 +75,11 @@ class Mount:
         self.kill()
         number = self.connection()
         if number is not None:
-            subprocess.run(["mount", "-t", "fusectl", "none", "/sys/fs/fuse/connections"], check=False, capture_output=True)
+            subprocess.run(
+                ["mount", "-t", "fusectl", "none", "/sys/fs/fuse/connections"],
+                check=False,
+                capture_output=True,
+            )
             abort = Path(f"/sys/fs/fuse/connections/{number}/abort")
             if abort.exists():
                 abort.write_text("1")
@@ -95,7 +106,9 @@ class Mount:
                 self.kill()
         self.kill()
         while self.is_mounted():
-            subprocess.run(["umount", "-l", str(self.mountpoint)], check=False, capture_output=True, timeout=30)
+            subprocess.run(
+                ["umount", "-l", str(self.mountpoint)], check=False, capture_output=True, timeout=30
+            )
         shutil.rmtree(self.base)
 
     # --- looking ---
@@ -131,8 +144,12 @@ class Mount:
     def aspen(self, *arguments: str, stdin: bytes = b"", check: bool = True) -> bytes:
         """Runs the command line program against this mount's daemon; its standard output."""
         done = subprocess.run(
-            [sys.executable, "-m", "aspenfs.cli.aspen", *arguments],
-            env={**os.environ, **self.environment}, input=stdin, capture_output=True, timeout=60, check=False,
+            [str(BIN / "aspen"), *arguments],
+            env={**os.environ, **self.environment},
+            input=stdin,
+            capture_output=True,
+            timeout=60,
+            check=False,
         )
         assert not check or done.returncode == 0, done.stderr.decode()
         return done.stdout

@@ -30,11 +30,17 @@ def test_the_session_prints_what_the_readme_says(mount: Mount) -> None:
     assert len(session) > 15
     marker = "--- done ---"
     script = "".join(
-        command.replace("/mnt/aspen", str(mount.mountpoint)) + f"\necho '{marker}'\n" for command, _ in session
+        command.replace("/mnt/aspen", str(mount.mountpoint)) + f"\necho '{marker}'\n"
+        for command, _ in session
     )
     environment = {**os.environ, **mount.environment}
     run = subprocess.run(
-        ["bash", "-euo", "pipefail"], input=script, env=environment, capture_output=True, text=True, timeout=60,
+        ["bash", "-euo", "pipefail"],
+        input=script,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
         check=False,
     )
     outputs = run.stdout.split(marker + "\n")
