@@ -276,7 +276,7 @@ class Operations(pyfuse3.Operations):
             tree, base, entries = await fs.readdir(fh, cookie, READDIR_BATCH)
             if not entries:
                 return
-            for name, attr, cookie in entries:  # noqa: B007 – where the next batch begins
+            for name, attr, cookie in entries:
                 ino = base | attr[0]
                 if not base:
                     tree, ino = fs.tree_in_root(name)

@@ -1,4 +1,4 @@
-"""A real aspenfs mount for tests: `mount.aspen`, a daemon process, a mountpoint; and its end, whatever happens.
+"""A real aspenfs mount for tests: `mount.aspen`, a daemon, a mountpoint; and its end, whatever happens.
 
 A process that waits on a hung FUSE mount cannot be interrupted, not even by SIGKILL. So every mount has a
 watchdog thread: past the deadline it aborts the connection, which ends all waits with ENOTCONN.

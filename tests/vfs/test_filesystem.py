@@ -11,7 +11,7 @@ from tests.filesystem.volumes import CALLER, Setup, run
 def test_forget_reaches_the_tree_only_when_no_handle_is_open() -> None:
     async def test(setup: Setup) -> None:
         forgotten: list[int] = []
-        setup.tree.forgotten = forgotten.append  # type: ignore[method-assign]
+        setup.tree.forgotten = forgotten.append  # type: ignore[assignment]
         fs = FileSystem([setup.tree], 1)
         files, _, _ = await fs.lookup(ROOT_INODE, b"files")
         fh, _, ino, _, attr = await fs.create(files, b"f", 0o644, 2, CALLER)
