@@ -21,7 +21,7 @@ _ADVICE: Final = "run `aspen check`; restore the chunk from a peer or a backup"
 class Segment:
     """`end`: where the next record goes; `synced`: durable up to there; `live`: bytes of live records."""
 
-    __slots__ = ("end", "file", "id", "kept", "live", "path", "sealed", "synced", "table")
+    __slots__ = ("end", "file", "full", "id", "kept", "live", "path", "sealed", "synced", "table")
 
     def __init__(self, segment: int, path: str) -> None:
         self.id, self.path = segment, path
@@ -29,7 +29,8 @@ class Segment:
         self.table: fmt.Table | None = None  # None: in the file beside the segment
         self.end = self.synced = fmt.SEGMENT_HEADER_BYTES
         self.live = 0
-        self.sealed = False
+        self.full = False  # nothing is appended any more
+        self.sealed = False  # and all of it is durable
         self.kept = False  # holds damage that only `verify(quarantine=True)` may clear away
 
 

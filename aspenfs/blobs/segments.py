@@ -72,7 +72,7 @@ class SegmentSet(SegmentFiles):
                     self._unlink(segment, with_table=number in tables)
                     continue
             segment.end = segment.synced = table.end
-            segment.sealed = True
+            segment.full = segment.sealed = True
             self.segments[number] = segment
             yield segment, table
         if scanned:
@@ -161,7 +161,7 @@ class SegmentSet(SegmentFiles):
             try:
                 file.truncate(offset)
             except OSError:
-                self._current = None  # never append behind it
+                self._finish_current()  # never append behind it
             raise write_error(segment.path, error) from error
         segment.table.end = segment.end = offset + fmt.record_size(length)
 
@@ -182,8 +182,14 @@ class SegmentSet(SegmentFiles):
         self._opened.append(segment)
         self.segments[segment.id] = segment
         self._names_changed += 1
+        self._finish_current()
         self._current = self._unsealed[segment.id] = segment
         return segment
+
+    def _finish_current(self) -> None:
+        if self._current is not None:
+            self._current.full = True
+            self._current = None
 
     # --- durability ---
 
@@ -213,26 +219,35 @@ class SegmentSet(SegmentFiles):
         """
         if self._failed:
             self._fail_sync(None)
-        current = self._current
-        # Ends are read before the disk is asked, names after: both only grow.
-        work = [(segment, segment.end) for segment in list(self._unsealed.values())]
+        # In this order: the end of a segment that was full already is its last. Names are counted
+        # only after the data was written: both only grow.
+        work = [(segment, segment.full, segment.end) for segment in list(self._unsealed.values())]
         try:
-            for segment, end in work:
+            for segment, _, end in work:
                 if segment.synced < end:
-                    assert segment.file is not None
-                    segment.file.datasync()
+                    self._datasync(segment, end)
             changed = self._names_changed
-            if changed != self._names_synced:
+            if changed > self._names_synced:
                 self._disk.sync_directory(self._directory)
         except OSError as error:
             self._fail_sync(error)
-        self._names_synced = changed
-        for segment, end in work:
-            segment.synced = end
-            if segment is not current:
+        self._names_synced = max(self._names_synced, changed)
+        for segment, full, end in work:
+            segment.synced = max(segment.synced, end)
+            if full:
                 self._write_table(segment)
                 segment.sealed = True
                 self._unsealed.pop(segment.id, None)
+
+    def _datasync(self, segment: Segment, end: int) -> None:
+        file = segment.file
+        try:
+            if file is not None:
+                file.datasync()
+        except OSError:
+            # Another `sync` may have sealed it and the loop closed it since; then it is durable.
+            if segment.synced < end:
+                raise
 
     def _fail_sync(self, error: OSError | None) -> NoReturn:
         self._failed = True
@@ -264,7 +279,7 @@ class SegmentSet(SegmentFiles):
 
     def close(self) -> None:
         """Seals everything, unless a sync has failed, and closes the files."""
-        self._current = None
+        self._finish_current()
         try:
             if not self._failed:
                 self.sync()

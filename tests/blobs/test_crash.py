@@ -6,12 +6,14 @@ the store is opened and compared with what had been promised by then.
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from aspenfs.blobs.format import digest_of
 from aspenfs.blobs.store import BlobStore
-from aspenfs.sim.disk import SimDisk, SimulatedCrash
+from aspenfs.seams import DiskFile
+from aspenfs.sim.disk import SimDisk, SimFile, SimulatedCrash
 
 SEGMENT_BYTES = 4096
 
@@ -122,6 +124,61 @@ def test_a_crash_at_any_operation_of_opening_after_a_crash(seed: int) -> None:
             disk.crash()
             disk.restart()
         check(BlobStore.open(disk, segment_bytes=SEGMENT_BYTES), promises, killed=False)
+
+
+class _BusyFile:
+    """Lets somebody act while a datasync is under way, before and after its work."""
+
+    def __init__(self, file: SimFile, act: Callable[[], None]) -> None:
+        self._file, self._act = file, act
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def datasync(self) -> None:
+        self._act()
+        self._file.datasync()
+        self._act()
+
+
+class _BusyDisk:
+    def __init__(self, disk: SimDisk, act: Callable[[], None]) -> None:
+        self._disk, self._act = disk, act
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._disk, name)
+
+    def open(self, path: str, *, create: bool = False) -> DiskFile:
+        return _BusyFile(self._disk.open(path, create=create), self._act)
+
+    def sync_directory(self, path: str) -> None:
+        self._act()
+        self._disk.sync_directory(path)
+        self._act()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_chunks_put_while_a_sync_is_under_way_are_not_taken_for_durable(seed: int) -> None:
+    disk, rng = SimDisk(seed), random.Random(seed)
+    stores: list[BlobStore] = []
+    put: dict[bytes, bytes] = {}
+
+    def act() -> None:
+        for _ in range(rng.choice((0, 1, 5)) if stores else 0):
+            data = rng.randbytes(rng.choice((20, 700, 3000)))
+            put[stores[0].put(data)] = data
+
+    stores.append(BlobStore.open(_BusyDisk(disk, act), segment_bytes=SEGMENT_BYTES))
+    for _ in range(rng.randint(1, 8)):
+        act()
+        promised = set(put)
+        stores[0].sync()
+    disk.crash()
+    disk.restart()
+    store = BlobStore.open(disk, segment_bytes=SEGMENT_BYTES)
+    assert all(store.get(digest) == put[digest] for digest in promised)
+    assert {finding.digest for finding in store.verify() if not finding.problem} <= set(put)
+    assert [finding for finding in store.verify() if finding.problem] == []
 
 
 def test_chunks_read_after_a_failed_sync_and_a_restart_are_written_once_more() -> None:

@@ -1,5 +1,6 @@
 """The chunk store's promises on a disk that works."""
 
+import sys
 import threading
 
 import pytest
@@ -236,15 +237,20 @@ def test_sync_in_a_thread_while_chunks_are_put(tmp_path) -> None:  # type: ignor
             failures.append(error)
 
     threads = [threading.Thread(target=syncing) for _ in range(2)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # between any two steps of the interpreter, not every few ms
     for thread in threads:
         thread.start()
-    digests = [store.put(chunk(n, 2000)) for n in range(1500)]
-    store.delete(digests[::2])
-    for _ in store.collect(1 << 16):
-        pass
-    done.set()
-    for thread in threads:
-        thread.join()
+    try:
+        digests = [store.put(chunk(n, 2000)) for n in range(1500)]
+        store.delete(digests[::2])
+        for _ in store.collect(1 << 16):
+            pass
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(interval)
     assert failures == []
     store.close()
     store = BlobStore.open(RealDisk(tmp_path), segment_bytes=1 << 16)
