@@ -21,6 +21,7 @@ from aspenfs.views import kv_attributes, kv_names
 from aspenfs.views.kv_files import KVFile, edit, truncate
 from aspenfs.views.kv_listing import KVListing
 from aspenfs.views.kv_nodes import ROOT, DirectoryNode, FileNode
+from aspenfs.views.kv_paths import levels
 from aspenfs.views.kv_rename import rename
 from aspenfs.views.kv_space import CONFLICTS_MAX, MARKERS, Change, KeySpace
 from aspenfs.views.kv_touched import touched
@@ -62,8 +63,8 @@ class KVTree(Tree):
         return space.directory_attr(space.directory(node))
 
     async def readlink(self, node: int) -> bytes:
-        found = self.space.file(node)
-        if not found.symlink:
+        found = self.space.nodes.by_id.get(node)
+        if not isinstance(found, FileNode) or not found.symlink:
             raise errors.InvalidArgument("not a symbolic link")
         return self.space.content(found).value
 
@@ -84,6 +85,12 @@ class KVTree(Tree):
         if not directory.removed and not self.space.is_directory(directory.prefix):
             raise errors.NotFound(directory.prefix)
         return KVListing(self.space, directory)
+
+    def parent_of(self, node: int) -> int:
+        above = b""
+        for level in levels(self.space.directory(node).prefix):
+            above = level.parent
+        return self.space.directory_node(above).id
 
     async def statfs(self) -> Usage:
         return self.usage() if self.usage is not None else await super().statfs()

@@ -57,20 +57,19 @@ def entries(space: KeySpace, directory: DirectoryNode,
             marker = next(markers, None)
         if key is not None and key[0] == raw:
             key = next(keys, None)
-        if least or len(raw) >= PIECE_RAW_BYTES_MIN:
-            size = escaped_bytes(raw)
-            if size >= PIECE_BYTES:
-                piece = first_piece(raw)
-                here = (piece, _CONTINUED)
-                if ((continued or piece != raw) and (position is None or position < here)
-                        and space.is_directory(prefix + piece)):
-                    yield here, None
-                    position = here
-            if size < least or size > NAME_BYTES_MAX:
-                continue
-        if below or record is not None:
+        size = escaped_bytes(raw) if least or len(raw) >= PIECE_RAW_BYTES_MIN else 0
+        if size >= PIECE_BYTES and (piece := first_piece(raw)) != raw:
+            # The first of those whose names begin with `piece`, long or not.
+            here = (piece, _CONTINUED)
+            if (position is None or position < here) and space.is_directory(prefix + piece):
+                yield here, None
+                position = here
+        if least <= size <= NAME_BYTES_MAX and (below or record is not None):
             position = (raw, _WHOLE)
             yield position, None if below else record
+        if continued and first_piece(raw) == raw:
+            position = (raw, _CONTINUED)
+            yield position, None
 
 
 class KVListing:

@@ -78,7 +78,7 @@ async def _rename(space: KeySpace, parent: DirectoryNode, name: bytes, new_paren
     else:
         sources = [_source(space, found, old, new)]
         change = together(Change(sources[0].compares, []),
-                          _replacing(space, found, victim, space.child(new_parent, new_name).directory))
+                          _replacing(space, found, victim, new, space.child(new_parent, new_name).directory))
     if sum(len(source.items) for source in sources) > RENAME_KEYS_MAX:
         raise errors.CrossTree(f"more than {RENAME_KEYS_MAX} keys do not move at once")
     now = space.clock.time_ns()
@@ -134,7 +134,8 @@ def _source(space: KeySpace, found: Found, old: bytes, new: bytes) -> Source:
     return Source(True, old, new, items, compares)
 
 
-def _replacing(space: KeySpace, found: Found, victim: Found | None, prefix: bytes | None) -> Change:
+def _replacing(space: KeySpace, found: Found, victim: Found | None, new: bytes,
+               prefix: bytes | None) -> Change:
     """What must hold of the name moved to, and what goes with it."""
     if isinstance(found, DirectoryNode):
         if victim is None:
@@ -147,7 +148,7 @@ def _replacing(space: KeySpace, found: Found, victim: Found | None, prefix: byte
             raise errors.DirectoryNotEmpty(victim.prefix)
         return Change(nothing_in(victim.prefix), [])
     if victim is None:
-        return Change([*no_directory(prefix)], [])
+        return Change([absent(KEYS + new), *no_directory(prefix)], [])
     if isinstance(victim, DirectoryNode):
         raise errors.IsADirectory(victim.prefix)
     node, record = victim

@@ -156,14 +156,16 @@ class KeySpace:
         return False
 
     def _is_continued(self, prefix: bytes) -> bool:
-        """Whether a component below is too long for one name; shorter ones are in the directory above."""
+        """Whether anything is in a continuation, its own marker aside.
+
+        That is a component too long for one name; shorter ones are in the directory above.
+        """
         least = name_bytes_min(prefix)
-        for raw, _record, _ in components(self.store, KEYS + prefix, None):
-            if escaped_bytes(raw) >= least:
-                return True
-        for raw, record, _ in components(self.store, MARKERS + prefix, None):
-            if record is not None or escaped_bytes(raw) >= least:
-                return True
+        for space in (KEYS, MARKERS):
+            for raw, record, _ in components(self.store, space + prefix, None):
+                marker = space is MARKERS and record is not None  # of a continuation of this one
+                if raw and (marker or escaped_bytes(raw) >= least):
+                    return True
         return False
 
     def is_removable(self, prefix: bytes) -> bool:
@@ -176,12 +178,7 @@ class KeySpace:
 
     def _is_empty(self, prefix: bytes) -> bool:
         if is_continuation(prefix):
-            least = name_bytes_min(prefix)
-            for space in (KEYS, MARKERS):
-                for raw, record, _ in components(self.store, space + prefix, None):
-                    if escaped_bytes(raw) >= least or (space is MARKERS and record is not None):
-                        return False
-            return True
+            return not self._is_continued(prefix)
         keys, markers = KEYS + prefix, MARKERS + prefix
         return not (
             self.store.range(keys, prefix_end(keys), limit=1, keys_only=True)
