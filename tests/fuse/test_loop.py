@@ -344,7 +344,7 @@ def test_a_guest_loop_falls_back_to_waiting_through_trio() -> None:
 
     async def main() -> None:
         async def serve(request: bytes) -> None:
-            await trio.lowlevel.checkpoint()
+            await trio.sleep(0.005)  # so that another worker waits when the last one ends the session
 
         hook = loop.Hook(0)
         assert sorted(await _with_session(serve, b"abcd", until=4, hook=hook)) == [b"a", b"b", b"c", b"d"]

@@ -145,6 +145,7 @@ class Lateness:
 
     def __init__(self) -> None:
         self.ticker_ms = self.echo_ms = 0.0
+        self.ticker_raw_ms = 0.0  # with it
 
     async def tick(self) -> None:
         due_s = trio.current_time()
@@ -152,7 +153,9 @@ class Lateness:
             due_s = max(due_s + TICK_S, trio.current_time())
             waited_s = _waited_for_cpu_s()
             await trio.sleep_until(due_s)
-            late_s = trio.current_time() - due_s - (_waited_for_cpu_s() - waited_s)
+            late_s = trio.current_time() - due_s
+            self.ticker_raw_ms = max(self.ticker_raw_ms, late_s * 1e3)
+            late_s -= _waited_for_cpu_s() - waited_s
             self.ticker_ms = max(self.ticker_ms, late_s * 1e3)
 
     async def echo(self) -> None:
@@ -203,8 +206,12 @@ async def _obey(operations: ToyOperations, lateness: Lateness, notifier: Notifie
                         visits=session.visits if session else 0,
                     )
                 case [b"lateness"]:
-                    _answer(ticker_ms=lateness.ticker_ms, echo_ms=lateness.echo_ms)
-                    lateness.ticker_ms = lateness.echo_ms = 0.0
+                    _answer(
+                        ticker_ms=lateness.ticker_ms,
+                        ticker_raw_ms=lateness.ticker_raw_ms,
+                        echo_ms=lateness.echo_ms,
+                    )
+                    lateness.ticker_ms = lateness.ticker_raw_ms = lateness.echo_ms = 0.0
                 case [b"stop"]:
                     pyfuse3.terminate()
                     return
