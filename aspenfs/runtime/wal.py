@@ -106,8 +106,11 @@ class Wal:
         """
         assert len(cluster_id) == CLUSTER_ID_BYTES
         assert segment_bytes >= SEGMENT_BYTES_MIN
-        _make_durable_directory(disk, directory)
-        found = recover(disk, directory, cluster_id)
+        try:
+            _make_durable_directory(disk, directory)
+            found = recover(disk, directory, cluster_id)
+        except OSError as error:
+            raise storage_error(error, f"opening the log {directory}") from error
         pool = SegmentPool(
             disk,
             directory,
@@ -118,28 +121,33 @@ class Wal:
             background=background,
         )
         try:
-            # After the end of a process the log may still be in the page cache only; what replay
-            # hands out must not be lost any more. Before anything is appended, files behind the
-            # end lose their names, so that no later recovery can take them for a continuation.
-            for segment in found.segments:
-                segment.file.datasync()
-            for segment in found.dropped:
-                segment.file.close()
-            pool.retire_now([segment.name for segment in found.dropped])
             wal = cls(disk, directory, pool, found)
-            for segment in found.segments[:-1]:
-                segment.file.close()
-            if found.torn_bytes:
-                logger.info("wal torn tail dropped directory=%s bytes=%d", directory, found.torn_bytes)
-            wal._seal_tail(claim)
-            pool.stir()
-        except BaseException as error:
+            wal._take_over(found, claim)
+        except OSError as error:
             pool.close()
             found.close()
-            if isinstance(error, OSError):
-                raise SyncFailed(f"fdatasync of the log failed while opening it: {error}") from error
+            raise SyncFailed(f"fdatasync of the log failed while opening it: {error}") from error
+        except BaseException:
+            pool.close()
+            found.close()
             raise
         return wal
+
+    def _take_over(self, found: Recovered, claim: bool) -> None:
+        # After the end of a process the log may still be in the page cache only; what replay hands
+        # out must not be lost any more. And before anything is appended, files behind the end lose
+        # their names, so that no later recovery can take them for a continuation.
+        for segment in found.segments:
+            segment.file.datasync()
+            if segment is not self._current:
+                segment.file.close()
+        for segment in found.dropped:
+            segment.file.close()
+        self._pool.retire_now([segment.name for segment in found.dropped])
+        if found.torn_bytes:
+            logger.info("wal torn tail dropped directory=%s bytes=%d", self._directory, found.torn_bytes)
+        self._seal_tail(claim)
+        self._pool.stir()
 
     @property
     def first_index(self) -> int:
@@ -511,4 +519,7 @@ def _make_durable_directory(disk: Disk, directory: str) -> None:
     disk.make_directory(directory)
     while directory:
         directory = directory.rpartition("/")[0]
-        disk.sync_directory(directory)
+        try:
+            disk.sync_directory(directory)
+        except OSError as error:
+            raise SyncFailed(f"fsync of the directory of the log failed: {error}") from error

@@ -255,26 +255,27 @@ def _tail(found: Recovered, candidates: list[Segment], bad: tuple[int, int]) -> 
             continue
         start = offset if segment.number == number else FIRST_FRAME
         for frame in find_frames(segment.file, segment.tag, start, segment.size):
-            for claim in _claims(segment, frame):
-                if claim > bad:
-                    raise Corrupt(
-                        segment_name(number),
-                        offset,
-                        f"no valid frame here, but {segment.name} at offset {frame.offset} says that "
-                        f"the log was on disk up to {segment_name(claim[0])} offset {claim[1]}",
-                        ADVICE,
-                    )
+            if any(claim > bad for claim in _claims(segment, frame)):
+                raise _damage(candidates, bad, segment, frame)
             found.torn_bytes += frame.end - frame.offset
-    if found.synced > bad:
-        raise Corrupt(
-            segment_name(number), offset, "no valid frame here, but an earlier one says there was", ADVICE
-        )
+    assert found.synced <= bad
     chain = {segment.number for segment in found.segments}
-    for segment in candidates:
-        if segment.number not in chain:
-            if segment.number < number:
-                raise Corrupt(segment.name, FIRST_FRAME, "the segment belongs to no chain", ADVICE)
-            found.dropped.append(segment)
+    found.dropped = [segment for segment in candidates if segment.number not in chain]
+
+
+def _damage(candidates: list[Segment], bad: tuple[int, int], witness: Segment, frame: RawFrame) -> Corrupt:
+    """Where the damage is: at `bad`, or in what should lie between it and the witness."""
+    says = f"but {witness.name} at offset {frame.offset} shows that it had been written and synced"
+    known = {segment.number: segment for segment in candidates}
+    here: Segment | None = witness
+    while here is not None and here.number != bad[0]:
+        if here.begin is None:
+            return Corrupt(here.name, FIRST_FRAME, f"no valid first frame, {says}", ADVICE)
+        number = here.begin.previous_segment
+        here = known.get(number)
+        if here is None:
+            return Corrupt(segment_name(number), 0, f"the file is missing, {says}", ADVICE)
+    return Corrupt(segment_name(bad[0]), bad[1], f"no valid frame here, {says}", ADVICE)
 
 
 def _claims(segment: Segment, frame: RawFrame) -> Iterator[tuple[int, int]]:

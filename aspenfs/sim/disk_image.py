@@ -70,6 +70,7 @@ class Inode:
         size, seen = len(self.durable), 0
         sectors: dict[int, bytes] = {}
         cut_at = size  # sectors at and beyond it that are not in `sectors` read as zeros
+        lost_from = 1 << 62  # what is written beyond a truncation is lost if the truncation is
         for change in self.pending:
             if isinstance(change, int):
                 seen += 1
@@ -78,9 +79,13 @@ class Inode:
                         _cut(sectors, change)
                         cut_at = min(cut_at, change)
                     size = change
+                else:
+                    lost_from = min(lost_from, change)
                 continue
             first, data = change
             for sector in range(first, first + -(-len(data) // SECTOR)):
+                if (sector + 1) * SECTOR > lost_from:
+                    break
                 if survive == 1.0 or rng.random() < survive:
                     at = (sector - first) * SECTOR
                     sectors[sector] = data[at : at + SECTOR]
