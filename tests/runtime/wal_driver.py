@@ -58,7 +58,15 @@ class Driver:
     def work(self, actions: int) -> None:
         wal = self.wal
         assert wal is not None
-        choices = (self._append, self._append_many, self._sync, self._vote, self._truncate, self._trim, self._reset)
+        choices = (
+            self._append,
+            self._append_many,
+            self._sync,
+            self._vote,
+            self._truncate,
+            self._trim,
+            self._reset,
+        )
         for _ in range(actions):
             (action,) = self.rng.choices(choices, (40, 10, 20, 4, 6, 6, 1))
             action(wal)
