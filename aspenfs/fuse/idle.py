@@ -58,10 +58,10 @@ class Waiter:
     def close(self) -> None:
         self._epoll.close()
 
-    def readable(self, task: trio.lowlevel.Task) -> bool:
+    def readable(self, task: Any) -> bool:
         """True: read now. False: visit trio, then ask again. May block when trio has nothing to do.
 
-        `task` is the caller's. Atomic for trio; other threads run while it blocks or spins.
+        `task` is the caller's trio task. Atomic for trio; other threads run while it blocks or spins.
         """
         now_s = monotonic()
         if self._runnable:
@@ -73,7 +73,7 @@ class Waiter:
         if sleep_s <= 0.0 or now_s - self.visited_s > _VISIT_S:
             return False
         # A handler of the caller's may just have cancelled it: then nothing would end the wait.
-        if task._cancel_status.effectively_cancelled:  # type: ignore[attr-defined]
+        if task._cancel_status.effectively_cancelled:
             return False
         ready = self._spin(now_s) if self._spin_s else []
         if not ready:

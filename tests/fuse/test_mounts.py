@@ -148,6 +148,7 @@ def _abort_frees_a_stuck_client(mountpoint: Path, fusectl: Path, given: Path) ->
     with ToyDaemon(mountpoint) as toy:
         found = mounts.find_mount(mountpoint)
         assert found is not None
+        toy.run_in_mount("os.stat(m)")  # the kernel's first question is answered, nothing else waits
         toy.send_signal(signal.SIGSTOP)
         with toy.client(
             "print(1, flush=True)\ntry: os.stat(m)\nexcept OSError as e: print(e.errno, flush=True)"
