@@ -241,12 +241,12 @@ class TxnCases(Suite):
     async def test_attribute_edits_merge_and_remove(self, subject: Subject) -> None:
         store = subject.store
         await store.txn([], [put(b"k/a", b"v", 0, {"x": 1, "y": b"2"})])
-        await store.txn([], [merge(b"k/a", set_attributes({"y": b"", "z": "3"}))])
+        await store.txn([], [merge(b"k/a", set_attributes({"y": b"", "z": "3", "a": 4}))])
         record = store.get(b"k/a")
         assert record is not None
         assert (record.value, record.version) == (b"v", 2)
-        assert record.attributes == {"x": 1, "z": "3"}
-        assert list(record.attributes) == ["x", "z"]
+        assert record.attributes == {"x": 1, "z": "3", "a": 4}
+        assert list(record.attributes) == ["a", "x", "z"], "in order: equal records have equal bytes"
 
     @case
     async def test_a_number_that_leaves_64_bits_is_refused_and_nothing_happens(

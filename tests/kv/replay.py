@@ -1,6 +1,6 @@
 """Applies a log of encoded commands to an empty state and prints the state's hash.
 
-    python -m tests.kv.replay FILE     (FILE: u32 length, then the bytes, of each entry)
+python -m tests.kv.replay FILE     (FILE: u32 length, then the bytes, of each entry)
 """
 
 import sys

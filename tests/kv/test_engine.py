@@ -117,7 +117,7 @@ def test_lost_work_is_uncovered_told_and_fails_who_waits_for_it() -> None:
         assert engine.revision == 1
         assert [(key, record.value) for key, record in engine.range(b"", b"")] == [
             (b"f/b", b"kept"), (b"k/a", b"kept")]  # fmt: skip
-        (revision, events), = heard
+        ((revision, events),) = heard
         assert revision == 1
         assert [(event.key, event.record) for event in events] == [
             (b"f/b", engine.get(b"f/b")), (b"k/a", engine.get(b"k/a")), (b"k/c", None)]  # fmt: skip

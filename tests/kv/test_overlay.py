@@ -116,6 +116,18 @@ def test_a_walk_sees_keys_that_are_settled_under_it() -> None:
         assert seen == (keys[::-1] if reverse else keys)
 
 
+def test_a_key_staged_again_after_it_was_settled_is_shown_once() -> None:
+    for reverse in (False, True):
+        base, overlay = overlay_over()
+        overlay.stage(1, [effect(b"a", b"1"), effect(b"b", b"1")])
+        overlay.stage(2, [effect(b"c", b"2")])
+        list(overlay.items(b"", b""))
+        base.apply(overlay.pending(1))
+        overlay.settle(1)
+        overlay.stage(3, [effect(b"a", b"3")])
+        assert [key for key, _ in overlay.items(b"", b"", reverse=reverse)].count(b"a") == 1
+
+
 def test_the_order_of_keys_does_not_grow_without_bound() -> None:
     _, overlay = overlay_over()
     for index in range(1, 20_000):
