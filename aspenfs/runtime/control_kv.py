@@ -23,7 +23,6 @@ from aspenfs.limits import (
     CONTROL_PAGE_KEYS,
     KEY_BYTES_MAX,
     TXN_OPS_MAX,
-    VALUE_BYTES_MAX,
 )
 from aspenfs.runtime.control_command import Call, Command
 from aspenfs.seams import Clock
@@ -74,19 +73,11 @@ def _number(params: Mapping[str, Any], name: str, default: int | None = None) ->
 
 
 def _key(params: Mapping[str, Any]) -> bytes:
+    """The store refuses an empty key; it would count the keyspace's name to the length of a long one."""
     key = _param(params, "key", bytes)
-    if not key:
-        raise errors.InvalidArgument("a key cannot be empty")
     if len(key) > KEY_BYTES_MAX:
         raise errors.InvalidArgument(f"a key of {len(key)} bytes; the most is {KEY_BYTES_MAX}")
     return KEYSPACE + key
-
-
-def _value(params: Mapping[str, Any], name: str = "value") -> bytes:
-    value = _param(params, name, bytes)
-    if len(value) > VALUE_BYTES_MAX:
-        raise errors.TooLarge(f"a value of {len(value)} bytes; the most is {VALUE_BYTES_MAX}")
-    return value
 
 
 def _range(params: Mapping[str, Any]) -> tuple[bytes, bytes]:
@@ -109,7 +100,7 @@ def _compare(body: Any) -> Compare:
     if operator is None:
         raise errors.InvalidArgument(f"operator must be one of {' '.join(_OPERATORS)}")
     if target == "value":
-        return types.compare_value(_key(body), operator, _value(body, "operand"))
+        return types.compare_value(_key(body), operator, _param(body, "operand", bytes))
     if target not in _NUMBER_TARGETS:
         raise errors.InvalidArgument(f"target {target!r}: it is exists absent empty value create mod version")
     return _NUMBER_TARGETS[target](_key(body), operator, _number(body, "operand"))
@@ -120,9 +111,9 @@ def _operation(body: Any) -> Operation:
         raise errors.InvalidArgument("an operation must be a map")
     match _param(body, "op", str):
         case "put":
-            return types.put(_key(body), _value(body), _number(body, "lease", 0))
+            return types.put(_key(body), _param(body, "value", bytes), _number(body, "lease", 0))
         case "append":
-            return types.merge(_key(body), types.append(_value(body)))
+            return types.merge(_key(body), types.append(_param(body, "value", bytes)))
         case "delete":
             return types.delete(_key(body))
         case "delete_range":

@@ -322,6 +322,12 @@ def test_a_transaction_is_done_whole_or_its_else_is(shell: Shell) -> None:
     assert "else get app/new: 1" in output
 
 
+def test_a_transaction_that_only_reads_may_read_much(shell: Shell) -> None:
+    shell("kv", "put", "a", "-", stdin=b"x" * VALUE_BYTES_MAX)
+    shell("kv", "put", "b", "-", stdin=b"y" * VALUE_BYTES_MAX)
+    assert len(shell.out("kv", "txn", stdin=b"then get a\nthen get b")) > 2 * VALUE_BYTES_MAX
+
+
 def test_a_transaction_in_json_answers_in_json(shell: Shell) -> None:
     document = {
         "compare": [{"target": "absent", "key": "a"}, {"target": "empty", "prefix": "dir/"}],
@@ -537,6 +543,30 @@ def test_without_a_daemon_the_exit_code_is_4_and_the_next_step_is_told(shell: Sh
     result = shell("kv", "get", "k", code=UNREACHABLE)
     assert "no daemon answers" in result.stderr
     assert "aspen status" in result.stderr
+
+
+def test_a_listing_goes_on_behind_its_last_key_when_the_daemon_comes_back(shell: Shell) -> None:
+    names = [b"%05d" % number + b"x" * 900 for number in range(8_000)]
+    fill(shell, [name.decode() for name in names])
+    with Client(str(shell.daemon.path)) as client:
+        listing = client.range(b"", b"", keys_only=True)
+        seen = [next(listing).key]
+        shell.daemon.stop()
+        shell.daemon.start()
+        seen += [record.key for record in listing]
+        assert client.repeated
+    assert seen == names
+
+
+def test_an_abandoned_listing_is_not_taken_for_the_next_answer(shell: Shell) -> None:
+    fill(shell, [f"{number:05}" for number in range(3_000)])
+    with Client(str(shell.daemon.path)) as client:
+        listing = client.range(b"", b"")
+        next(listing)
+        listing.close()
+        record = client.get(b"00007")
+    assert record is not None
+    assert record.value == b"value of 00007"
 
 
 def test_a_write_whose_answer_was_lost_is_sent_again_and_applied_once(shell: Shell) -> None:

@@ -29,9 +29,10 @@ class Daemon:
         path: Path,
         status: Callable[[], Mapping[str, Any]] = dict,
         extra: Mapping[str, Handler] | None = None,
+        store: type[LocalStore] = LocalStore,
     ) -> None:
         self.path, self._status, self._extra = path, status, extra
-        self.store = LocalStore(SystemClock(), SystemEntropy(), trio.Event)
+        self.store = store(SystemClock(), SystemEntropy(), trio.Event)
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "Daemon":

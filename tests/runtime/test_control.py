@@ -18,6 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aspenfs import errors
+from aspenfs.kv.local import LocalStore
+from aspenfs.kv.types import TxnResult
 from aspenfs.limits import (
     CONTROL_CONNECTIONS_MAX,
     CONTROL_FRAME_BYTES_MAX,
@@ -342,29 +344,34 @@ def test_a_number_that_is_under_way_ends_the_connection(daemon: Daemon) -> None:
 # --- keys ---
 
 
-def test_writes_sent_ahead_of_their_answers_take_effect_in_order(daemon: Daemon) -> None:
-    with Raw(daemon.path) as client:
-        client.send(
-            *(
-                {
-                    "id": number,
-                    "method": "kv.txn",
-                    "params": {
-                        "then": [{"op": "append", "key": b"k", "value": b"%d," % number}],
-                        "sequence": number,
-                    },
-                }
-                for number in range(1, 51)
-            )
-        )
-        answered = set()
-        for _ in range(50):
-            message = client.receive()
-            assert message is not None
-            assert message["result"]["succeeded"]
-            answered.add(message["id"])
-    assert answered == set(range(1, 51))
-    assert value_of(daemon, b"k") == b"".join(b"%d," % number for number in range(1, 51))
+class Unsteady(LocalStore):
+    """As on a node that has to ask another one: each transaction waits, the earlier the longer."""
+
+    waits = 60
+
+    async def txn(self, *arguments: Any, **options: Any) -> TxnResult:
+        self.waits -= 1
+        for _ in range(self.waits):
+            await trio.lowlevel.checkpoint()
+        return await super().txn(*arguments, **options)
+
+
+def test_writes_sent_ahead_of_their_answers_take_effect_in_order(directory: Path) -> None:
+    def append(number: int) -> dict[str, Any]:
+        operation = {"op": "append", "key": b"k", "value": b"%d," % number}
+        return {"id": number, "method": "kv.txn", "params": {"then": [operation], "sequence": number}}
+
+    with Daemon(directory / "ctl.sock", store=Unsteady) as daemon:
+        with Raw(daemon.path) as client:
+            client.send(*map(append, range(1, 51)))
+            answered = set()
+            for _ in range(50):
+                message = client.receive()
+                assert message is not None
+                assert message["result"]["succeeded"]
+                answered.add(message["id"])
+        assert answered == set(range(1, 51))
+        assert value_of(daemon, b"k") == b"".join(b"%d," % number for number in range(1, 51))
 
 
 def test_a_write_repeated_on_a_new_connection_applies_once_and_gets_the_first_answer(daemon: Daemon) -> None:
