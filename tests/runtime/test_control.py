@@ -347,10 +347,10 @@ def test_a_number_that_is_under_way_ends_the_connection(daemon: Daemon) -> None:
 class Unsteady(LocalStore):
     """As on a node that has to ask another one: each transaction waits, the earlier the longer."""
 
-    waits = 60
+    waits = 240
 
     async def txn(self, *arguments: Any, **options: Any) -> TxnResult:
-        self.waits -= 1
+        self.waits -= 4
         for _ in range(self.waits):
             await trio.lowlevel.checkpoint()
         return await super().txn(*arguments, **options)
