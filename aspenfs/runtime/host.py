@@ -65,7 +65,6 @@ class NodeStore:
         self._applier = Applier(state, self._batch_applied, self._applier_stalled, self._fail)
         self._syncer = Syncer(wal.sync, pre_sync, self._synced, self._fail, clock.monotonic_ns)
         self._token: trio.lowlevel.TrioToken | None = None
-        self._gated = False  # the slow way into `txn`: the store has stopped, or the log is short of space
         self._failure: AspenError | None = None
         self._failed = trio.Event()
         self._room = trio.Event()  # replaced after each use
@@ -74,6 +73,7 @@ class NodeStore:
         self.get = engine.get
         self.range = engine.range
         self.scan: Callable[[bytes, bytes], Iterator[tuple[bytes, Record]]] = engine.scan
+        self.leases = engine.leases
 
     @classmethod
     def open(cls, state_directory: str | Path, clock: Clock, entropy: Entropy, *, name: str = "aspen",
@@ -130,10 +130,9 @@ class NodeStore:
             if self._to_settle:
                 self._overlay.settle(self._to_settle[-1])
                 self._to_settle.clear()
-            if self._failure is None:
-                self._flush_log()  # whoever waits for a commit gets it
-        if self._failure is not None:
-            self._raise_failure()
+            if self._failure is not None:
+                self._raise_failure()  # even if cancelled meanwhile: it decides how the process ends
+            self._flush_log()  # whoever waits for a commit gets it
 
     def _stop_threads(self) -> None:
         self._syncer.stop()
@@ -150,9 +149,8 @@ class NodeStore:
             if self._state.durable_index < self._state.applied_index == engine.committed_revision:
                 self._applier.request_sync()  # nothing comes that would do it
             try:
-                self._gated = self._wal.short_of_space
-                if self._gated:
-                    self._run_command(Command(commands.NOOP, 0, None, ()))  # its sync looks for space again
+                if self._wal.short_of_space:
+                    self._look_for_space()
                 self.expire_leases()
                 revision = engine.compaction_due()
                 while revision is not None and self._run_command(engine.compact_command(revision)).result:
@@ -224,8 +222,7 @@ class NodeStore:
 
     def _stop_serving(self, failure: AspenError) -> None:
         self._failure = failure
-        self._gated = True
-        self.get = self.range = self.scan = self._refuse  # so the hot path needs no check
+        self.get = self.range = self.scan = self.leases = self._refuse  # so the hot path needs no check
         self.engine.close(failure)
         self._failed.set()
         self._room.set()
@@ -294,7 +291,7 @@ class NodeStore:
                   else_: Sequence[Operation] = (), *, dedup: Dedup | None = None,
                   origin: object = None) -> TxnResult:
         engine = self.engine
-        if self._gated or self._overlay.bytes > OVERLAY_BYTES_MAX:
+        if self._overlay.bytes > OVERLAY_BYTES_MAX or self._wal.short_of_space or self._failure is not None:
             await self._admitted(then)
         command, encoded = engine.txn_command(compares, then, else_, dedup)
         index, outcome = engine.prepare(command)
@@ -330,6 +327,9 @@ class NodeStore:
         while True:
             if self._failure is not None:
                 self._raise_failure()
+            if self._wal.short_of_space and not self._syncer.running:
+                self._look_for_space()
+                self._flush_log()
             if self._wal.short_of_space and not freeing:
                 raise NoSpace("no space for the log: free some on the file system of the state directory")
             held = self._overlay.bytes
@@ -349,6 +349,10 @@ class NodeStore:
             if self._room.is_set():
                 self._room = trio.Event()
             await self._room.wait()
+
+    def _look_for_space(self) -> None:
+        """The log tries to make its next segment after a sync that had something to do: here it is."""
+        self._run_command(Command(commands.NOOP, 0, None, ()))
 
     def _run_command(self, command: Command) -> Outcome:
         """A command of ours, as `txn` does it."""
@@ -398,9 +402,6 @@ class NodeStore:
     async def lease_revoke(self, lease: int) -> None:
         self._run_command(self.engine.revoke_command(lease))
 
-    def leases(self) -> list[tuple[int, int, int]]:
-        return self.engine.leases()
-
     async def compact(self, revision: int) -> None:
         while self._number(self.engine.compact_command(revision)):
             await trio.lowlevel.checkpoint()
@@ -417,10 +418,12 @@ class NodeStore:
 
     def status(self) -> dict[str, int | str]:
         """Figures for `cluster/` and `aspen status`: see `store_status.py`."""
+        if isinstance(self._failure, errors.Closed):
+            self._raise_failure()
         return store_status.figures(self.identity, self.engine, self._wal, self._disk, self._state,
                                     self._syncer, self._applier, self._condition())  # fmt: skip
 
     def _condition(self) -> str:
         if self._failure is not None:
-            return "closed" if isinstance(self._failure, errors.Closed) else "failed"
+            return "failed"
         return "full" if self._stall is not None or self._wal.short_of_space else "ok"

@@ -54,7 +54,8 @@ def replay(wal: Wal, directory: str, state: StateDb, engine: Engine, applier: Ap
     if engine.revision < wal.last_index:
         wal.truncate_after(engine.revision)
     # After the death of a process, what entries name may be in the page cache only, as they were.
-    syncer.run_hooks()
+    if engine.revision > applied:
+        syncer.run_hooks()
     wal.sync()
     engine.committed_to(engine.revision)
     return engine.revision - applied

@@ -19,7 +19,7 @@ def figures(node: Identity, engine: Engine, wal: Wal, disk: Disk, state: StateDb
         "cluster": node.name,
         "cluster_id": node.cluster_id.hex(),
         "node": node.node_id,
-        "state": condition,  # ok, full, failed, closed
+        "state": condition,  # ok, full, failed
         "revision": engine.revision,
         "committed": engine.committed_revision,
         "applied": state.applied_index,
