@@ -1,12 +1,17 @@
 """Fixtures of the tests on real mounts. Without /dev/fuse they fail: these tests are never skipped."""
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import pytest
 
 from tests.mount.mounting import Mount
+from tests.mount.places import Place, ext4_directory
+
+_numbers: Final = itertools.count(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,3 +49,33 @@ def own_mount() -> Iterator[Mount]:
         yield mount.start()
     finally:
         mount.close()
+
+
+@pytest.fixture(scope="session")
+def ext4() -> Iterator[Path]:
+    """A directory on a plain ext4, which tells whether an expectation is right."""
+    with ext4_directory() as path:
+        yield path
+
+
+@pytest.fixture(params=["aspen", "ext4"])
+def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+    """An empty directory in files/, and in a second run of the test one on ext4; the umask is 022."""
+    before = os.umask(0o022)
+    try:
+        is_aspen = request.param == "aspen"
+        if is_aspen:
+            above = request.getfixturevalue("mount").mountpoint / "files"
+        else:
+            above = request.getfixturevalue("ext4")
+        path = above / f"{next(_numbers)}"
+        path.mkdir()
+        yield Place(path, is_aspen)
+    finally:
+        os.umask(before)
+
+
+@pytest.fixture
+def here(place: Place) -> Path:
+    """The directory of `place`, for tests that expect the same everywhere."""
+    return place.path
