@@ -15,9 +15,15 @@ from aspenfs.fuse.notifier import Notifier
 from aspenfs.runtime.host import NodeStore
 from aspenfs.vfs.filesystem import FileSystem
 
-_FULL: Final = {
-    "cause": "the disk of the state directory is full",
-    "advice": "free some space there; writes get ENOSPC until then, and work again without a restart",
+_CONDITIONS: Final = {
+    "full": {
+        "cause": "the disk of the state directory is full",
+        "advice": "free some space there; writes get ENOSPC until then, and work again without a restart",
+    },
+    "failed": {
+        "cause": "the store has stopped: its disk failed, or it found damage",
+        "advice": "read daemon.log in the state directory; then unmount, check the disk, aspen check --offline",
+    },
 }
 _COUNTERS: Final = {"revision", "committed", "applied", "durable", "syncs", "applied_batches"}
 
@@ -36,7 +42,7 @@ def describe(
     state = str(figures.pop("state"))
     name = str(figures["cluster"])
     healthy = state == "ok"
-    problems = [] if healthy else [_FULL]
+    problems = [] if healthy else [_CONDITIONS[state]]
     numbers: dict[str, int | float] = {
         **{key: value for key, value in figures.items() if isinstance(value, int)},
         "inodes": volume.inode_count(),

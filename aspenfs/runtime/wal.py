@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 _CONTROL_BYTES: Final = 1 * KIB  # the end of a segment that only frames other than entries may use
 SEGMENT_BYTES_MIN: Final = 4 * KIB
+PAGE_BYTES: Final = 4 * KIB  # of the page cache; a larger one would only cost some reads
 
 
 class Wal:
@@ -68,6 +69,9 @@ class Wal:
         self._current: Segment | None = None
         self._previous: Segment | None = None
         self._tag = self._end = self._entry_limit = self._crc = 0
+        # Up to here the pages are in the page cache since we wrote them whole. A first write to a part
+        # of any other page makes the kernel read that page from the disk, some ms; see `_whole_pages`.
+        self._cached = 0
         # Durability: all before `_synced` = (segment number, offset) is durable; `_claim` is what
         # frames say of it; `_unsynced` are full segments that still wait for their fdatasync.
         self._synced = (0, 0)
@@ -196,10 +200,12 @@ class Wal:
             )
             current = self._current
             assert current is not None
+            if end > self._cached:
+                data = self._whole_pages(data, end)
             try:
                 current.file.pwrite(data, at)
             except OSError as error:
-                raise self._append_failed(error, at, end) from error
+                raise self._append_failed(error, at, at + len(data)) from error
             self._end, self._crc, self._last_index = end, crc, index
 
     def append_many(self, frames: Sequence[tuple[int, int, int, bytes]]) -> None:
@@ -280,10 +286,11 @@ class Wal:
             data, crc = encode_frame(at, self._tag, crc, self._claim, self._run, kind, term, index, payload)
             parts.append(data)
             at += len(data)
+        data = self._whole_pages(b"".join(parts), at)
         try:
-            current.file.pwrite(b"".join(parts), start)
+            current.file.pwrite(data, start)
         except OSError as error:
-            raise self._append_failed(error, start, at) from error
+            raise self._append_failed(error, start, start + len(data)) from error
         if begin is not None:
             current.begin, current.begin_end, current.base = begin, begin_end, begin.index
             self._entry_limit = current.size - _CONTROL_BYTES
@@ -305,6 +312,17 @@ class Wal:
             current.base = index
             self._first_index = index + 1
             self._void_after.append(((current.number, offset), 0))
+
+    def _whole_pages(self, data: bytes, end: int) -> bytes:
+        """`data`, which ends at `end`, with zeros up to the end of its last page, if that page is new.
+
+        Behind the log's end is nothing that counts: zeros, or the frames of a recycled segment's past.
+        """
+        if end <= self._cached:
+            return data
+        assert self._current is not None
+        self._cached = min(end + PAGE_BYTES - 1 & -PAGE_BYTES, self._current.size)
+        return data + bytes(self._cached - end)
 
     def _append_failed(self, error: OSError, start: int, end: int) -> NoSpace | StorageError:
         # Whatever prefix was written: the next frames carry another run, so that no leftover can
@@ -328,6 +346,7 @@ class Wal:
         self._tag = segment.tag
         self._entry_limit = 0  # the first append goes the slow way and writes the BEGIN frame
         self._end, self._crc, self._claim = FIRST_FRAME, 0, 0
+        self._cached = 0
 
     def _roll(self, size: int) -> None:
         """Go on in a fresh segment. From here on the old one gets no frame any more, even if the
@@ -472,7 +491,7 @@ class Wal:
             at, self._tag, self._crc, self._claim, self._run, Kind.MARK, 0, self._last_index, b""
         )
         try:
-            current.file.pwrite(data, at)
+            current.file.pwrite(self._whole_pages(data, at + len(data)), at)
         except OSError as error:
             self._append_failed(error, at, at + len(data))
             return
