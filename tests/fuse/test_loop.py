@@ -30,70 +30,67 @@ def mountpoint(tmp_path: Path) -> Path:
 
 # --- turns ---
 
-SLEEPERS = """
-from concurrent.futures import ThreadPoolExecutor
-def one(n):
-    try: os.stat(f"{m}/sleep-{n}")
-    except FileNotFoundError: pass
-"""
 
+def _slow_lookups(toy: ToyDaemon, clients: int, sleep_ms: int, rounds: int) -> None:
+    """Has `clients` processes, each in a directory of its own, make `rounds` slow lookups side by side.
 
-def _elapsed_of_parallel(toy: ToyDaemon, clients: int, sleep_ms: int, rounds: int) -> float:
-    """Seconds until `clients` processes, each in a directory of its own, have had `rounds` slow lookups.
-
-    The kernel sends the lookups of one directory one after another, so each client gets one.
+    In directories of their own, for the kernel sends the lookups of one directory one after another.
     """
-    code = f"""
-n, rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 0, {rounds}
-for _ in range(rounds):
-    try: os.stat(f"{{m}}/d{{CLIENT}}/sleep-{sleep_ms}")
-    except FileNotFoundError: pass
-"""
-    toy.run_in_mount(f"for n in range({clients}): os.mkdir(f'{{m}}/d{{n}}')")
+    toy.run_in_mount(
+        f"for n in range({clients}): os.path.isdir(f'{{m}}/d{{n}}') or os.mkdir(f'{{m}}/d{{n}}')"
+    )
     with contextlib.ExitStack() as stack:
-        children = []
-        gate_s = time.time() + 0.5
-        for n in range(clients):
-            wait = f"CLIENT = {n}\ntime.sleep(max(0, {gate_s!r} - time.time()))\nt = time.time()\n"
-            children.append(stack.enter_context(toy.client(wait + code + "\nprint(time.time() - t)")))
-        return max(float(child.communicate(timeout=15)[0]) for child in children)
+        children = [
+            stack.enter_context(
+                toy.client(
+                    f"print(1, flush=True)\nsys.stdin.readline()\nfor _ in range({rounds}):\n"
+                    f"    try: os.stat(f'{{m}}/d{n}/sleep-{sleep_ms}')\n    except FileNotFoundError: pass",
+                    stdin=True,
+                )
+            )
+            for n in range(clients)
+        ]
+        for child in children:
+            assert child.stdout is not None
+            child.stdout.readline()
+        for child in children:  # all have started: off they go
+            assert child.stdin is not None
+            child.stdin.write("\n")
+            child.stdin.flush()
+        for child in children:
+            child.communicate(timeout=15)
 
 
 @SPINS
 def test_suspended_handlers_do_not_hold_up_other_requests(mountpoint: Path, spin: str) -> None:
     with ToyDaemon(mountpoint, "--spin-us", spin) as toy:
-        elapsed_s = _elapsed_of_parallel(toy, clients=4, sleep_ms=5, rounds=40)
-        # One after another would be 4 * 40 * 5 ms = 0.8 s; side by side it is 0.2 s and the overhead.
-        assert elapsed_s < 0.5
-        assert toy.ask("cpu")["hand_overs"] >= 40
+        _slow_lookups(toy, clients=4, sleep_ms=5, rounds=40)
+        counts = toy.ask("cpu")
+        assert counts["asleep_max"] == 4
+        assert counts["hand_overs"] >= 40
 
 
 def test_requests_wait_and_are_served_when_all_workers_are_suspended(mountpoint: Path) -> None:
     with ToyDaemon(mountpoint, "--workers", "2") as toy:
-        elapsed_s = _elapsed_of_parallel(toy, clients=6, sleep_ms=20, rounds=5)
-        assert 6 * 5 * 0.020 / 2 <= elapsed_s + 0.02 < 6 * 5 * 0.020
+        _slow_lookups(toy, clients=6, sleep_ms=20, rounds=5)
+        assert toy.ask("cpu")["asleep_max"] == 2
 
 
 def test_a_quick_request_overtakes_a_slow_one(mountpoint: Path) -> None:
-    with ToyDaemon(mountpoint) as toy, toy.client(SLEEPERS + "print(1, flush=True)\none(1200)") as slow:
-        assert slow.stdout is not None
-        slow.stdout.readline()
+    hold = "try: os.stat(m + '/hold')\nexcept FileNotFoundError: print('held')"
+    with ToyDaemon(mountpoint) as toy, toy.client(hold) as slow:
         _wait_until(lambda: toy.ask("cpu")["requests"] >= 1)
-        began_s = time.monotonic()
         toy.run_in_mount("os.stat(m)")
-        assert time.monotonic() - began_s < 1.0
         assert slow.poll() is None
+        toy.ask("release")
+        assert slow.communicate(timeout=5)[0] == "held\n"
 
 
 def test_workers_that_pyfuse3_retires_leave_someone_reading(mountpoint: Path) -> None:
     with ToyDaemon(mountpoint, "--workers", "4", "--min-workers", "1") as toy:
         for _ in range(3):
-            _elapsed_of_parallel_once(toy)
+            _slow_lookups(toy, clients=4, sleep_ms=5, rounds=5)
         toy.run_in_mount("os.stat(m)")
-
-
-def _elapsed_of_parallel_once(toy: ToyDaemon) -> None:
-    toy.run_in_mount(SLEEPERS + "with ThreadPoolExecutor(4) as p: list(p.map(one, [5, 6, 7, 8] * 5))")
 
 
 def test_many_clients_get_every_answer(mountpoint: Path) -> None:
@@ -128,7 +125,7 @@ def test_signal_ends_an_idle_daemon_and_unmounts(mountpoint: Path, number: signa
 
 
 def test_sigterm_ends_a_saturated_daemon_with_suspended_handlers(mountpoint: Path) -> None:
-    with ToyDaemon(mountpoint) as toy, _saturating(toy, 2), toy.client(SLEEPERS + "one(300)"):
+    with ToyDaemon(mountpoint) as toy, _saturating(toy, 2), toy.client("os.stat(m + '/sleep-300')"):
         _wait_until(lambda: toy.ask("cpu")["requests"] > 1000)
         toy.send_signal(signal.SIGTERM)
         assert toy.ends(deadline_s=4) == 0
@@ -138,7 +135,7 @@ def test_sigterm_ends_a_saturated_daemon_with_suspended_handlers(mountpoint: Pat
 @pytest.mark.parametrize("command", ["stop", "cancel"])
 def test_ends_by_command_while_workers_are_parked(mountpoint: Path, command: str) -> None:
     with ToyDaemon(mountpoint, "--idle") as toy:
-        _elapsed_of_parallel(toy, clients=4, sleep_ms=5, rounds=2)  # leaves workers parked
+        _slow_lookups(toy, clients=4, sleep_ms=5, rounds=2)  # leaves workers parked
         toy.tell(command)
         assert toy.ends(deadline_s=4) == 0
         assert not toy.mounted()
@@ -155,7 +152,7 @@ def test_ends_when_a_handler_itself_asks_for_it(mountpoint: Path, name: str) -> 
 
 def test_unmount_from_outside_ends_the_daemon(mountpoint: Path) -> None:
     with ToyDaemon(mountpoint, "--idle") as toy:
-        _elapsed_of_parallel(toy, clients=4, sleep_ms=5, rounds=2)
+        _slow_lookups(toy, clients=4, sleep_ms=5, rounds=2)
         subprocess.run(["umount", str(mountpoint)], check=True, timeout=5)
         assert toy.ends(deadline_s=4) == 0
 
@@ -191,10 +188,10 @@ def test_saturation_by_requests_leaves_timers_and_sockets_their_turn(mountpoint:
         toy.ask("lateness")
         before = toy.ask("cpu")["requests"]
         time.sleep(1.5)  # the length of the observation, not a wait for something
-        assert toy.ask("cpu")["requests"] - before > 3000
+        assert toy.ask("cpu")["requests"] - before > 1000
         worst = toy.ask("lateness")
-        assert worst["ticker_ms"] < 25
-        assert worst["echo_ms"] < 25
+        assert worst["ticker_ms"] < 50
+        assert worst["echo_ms"] < 50
 
 
 @SPINS

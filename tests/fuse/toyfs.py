@@ -2,10 +2,10 @@
 
     toyfs.py MOUNTPOINT [--stock] [--spin-us N] [--workers N] [--timeout S] [--idle]
 
-Says `ready PID` on standard output once it is mounted and served, and then obeys one-line commands on
-standard input: `cpu` answers with its CPU seconds and requests so far, `lateness` with the worst lateness in
-ms of its 10 ms ticker and of its socket echo since the last such command, `stop` ends it, `cancel` ends it
-by cancellation. End of input ends it too. Names mean something: a lookup of `sleep-N` takes N ms, one of
+Says `ready PID` on standard output once it is mounted, and then obeys one-line commands on standard input:
+`cpu` answers with its CPU time and counters, `lateness` with the worst lateness of its ticker and its socket
+echo since the last such command, `stop` ends it, `cancel` ends it by cancellation. End of input ends it too.
+Names mean something: a lookup of `sleep-N` takes N ms, one of `hold` lasts until the command `release`, one of
 `stop` calls `pyfuse3.terminate`, one of `cancel` cancels the scope of the session, from inside the handler.
 Further commands change the tree behind the kernel's back and call the `Notifier` (`_command`).
 """
@@ -53,7 +53,8 @@ class ToyOperations(pyfuse3.Operations):
         self.nodes = {pyfuse3.ROOT_INODE: Node(pyfuse3.ROOT_INODE, stat.S_IFDIR | 0o755, timeout_s)}
         self.requests = 0
         self.scope = trio.CancelScope()
-        self.lookups: list[bytes] = []
+        self.asleep = self.asleep_max = 0
+        self.released = trio.Event()
 
     def _add(self, parent: int, name: bytes, mode: int) -> Node:
         ino = len(self.nodes) + 1
@@ -65,9 +66,13 @@ class ToyOperations(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext | None
     ) -> pyfuse3.EntryAttributes:
         self.requests += 1
-        self.lookups.append(name)
         if name.startswith(b"sleep-"):
+            self.asleep += 1
+            self.asleep_max = max(self.asleep_max, self.asleep)
             await trio.sleep(float(name[6:]) / 1000)
+            self.asleep -= 1
+        elif name == b"hold":
+            await self.released.wait()
         elif name == b"stop":
             pyfuse3.terminate()
         elif name == b"cancel":
@@ -202,6 +207,7 @@ async def _obey(operations: ToyOperations, lateness: Lateness, notifier: Notifie
                         cpu_s=used.user + used.system,
                         cpu_ns=time.process_time_ns(),
                         requests=operations.requests,
+                        asleep_max=operations.asleep_max,
                         hand_overs=session.hand_overs if session else 0,
                         visits=session.visits if session else 0,
                     )
@@ -230,6 +236,8 @@ def _command(operations: ToyOperations, notifier: Notifier, command: Sequence[by
             node = root.children.get(name) or operations._add(pyfuse3.ROOT_INODE, name, stat.S_IFREG | 0o644)
             node.data = bytearray(b"y" * int(size))
             node.attributes.st_size = int(size)
+        case [b"release"]:
+            operations.released.set()
         case [b"drop", name]:
             root.children.pop(name, None)
         case [b"touch", name, kind]:
