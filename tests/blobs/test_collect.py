@@ -96,6 +96,26 @@ def test_a_tombstone_outlives_its_segment_as_long_as_it_is_needed() -> None:
     assert not open_store(disk).has(digests[0])
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_tombstone_outlives_its_segment_until_the_unlinking_of_its_target_is_durable(seed: int) -> None:
+    disk = SimDisk(seed)
+    store, digests = filled(disk, 6)
+    digests.append(store.put(chunk(6)))
+    store.delete(digests[:6])  # tombstones in the second segment, whose only chunk goes as well
+    digests += [store.put(chunk(n)) for n in range(7, 15)]
+    store.delete([digests[6]])
+    store.delete(digests[7:11])
+    store.sync()
+    for step in store.collect(1000):
+        if step.needs_sync:
+            store.sync()
+        if step.segment == 2 and step.freed_bytes:
+            break
+    disk.crash()
+    disk.restart()
+    assert [open_store(disk).has(digest) for digest in digests] == [False] * 11 + [True] * 4
+
+
 def test_small_segments_of_many_short_lives_become_one() -> None:
     disk = SimDisk()
     for number in range(8):

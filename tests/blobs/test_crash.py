@@ -26,6 +26,11 @@ class Promises:
         self.put: set[bytes] = set()  # put returned, not deleted since
         self.durable: set[bytes] = set()  # and a sync has returned since
         self.deleted: set[bytes] = set()  # delete returned, not put since
+        self.gone: set[bytes] = set()  # and a sync has returned since
+
+    def synced(self) -> None:
+        self.durable |= self.put
+        self.gone |= self.deleted
 
 
 def live(disk: SimDisk, seed: int, promises: Promises) -> None:
@@ -39,11 +44,12 @@ def live(disk: SimDisk, seed: int, promises: Promises) -> None:
             digest = digest_of(data)
             promises.contents[digest] = data
             promises.deleted.discard(digest)
+            promises.gone.discard(digest)
             store.put(data)
             promises.put.add(digest)
         elif dice < 0.7:
             store.sync()
-            promises.durable |= promises.put
+            promises.synced()
         elif dice < 0.85 and promises.put:
             doomed = rng.sample(sorted(promises.put), rng.randint(1, min(4, len(promises.put))))
             promises.put.difference_update(doomed)
@@ -56,11 +62,11 @@ def live(disk: SimDisk, seed: int, promises: Promises) -> None:
                 steps -= 1
                 if step.needs_sync and rng.random() < 0.7:
                     store.sync()
-                    promises.durable |= promises.put
+                    promises.synced()
                 if not steps:
                     break
     store.close()
-    promises.durable |= promises.put
+    promises.synced()
 
 
 def check(store: BlobStore, promises: Promises, *, killed: bool) -> None:
@@ -68,7 +74,7 @@ def check(store: BlobStore, promises: Promises, *, killed: bool) -> None:
     for digest, data in promises.contents.items():
         if digest in promised:
             assert store.has(digest)
-        if killed and digest in promises.deleted:
+        if digest in (promises.deleted if killed else promises.gone):
             assert not store.has(digest)
         if store.has(digest):
             assert store.get(digest) == data
@@ -90,7 +96,9 @@ def sweep(end: Callable[[SimDisk, int], None], seed: int, *, killed: bool) -> No
         check(store, promises, killed=killed)
         # Opening made all it found durable, and the next life goes on from there.
         found = {digest for digest in promises.contents if store.has(digest)}
-        promises.put, promises.durable, promises.deleted = set(found), set(found), set()
+        lost = set(promises.contents) - found
+        promises.put, promises.durable = set(found), set(found)
+        promises.deleted, promises.gone = set(lost), set(lost)
         live(disk, seed + 1, promises)
         disk.crash()
         disk.restart()

@@ -169,6 +169,20 @@ def test_a_failed_write_leaves_the_store_usable() -> None:
         assert_all(BlobStore.open(disk, cache_bytes=0), digests)
 
 
+def test_nothing_is_appended_behind_bytes_that_could_not_be_cut_off() -> None:
+    disk = SimDisk()
+    store = BlobStore.open(disk, cache_bytes=0)
+    store.put(chunk(0))
+    for cut in (True, False):
+        disk.fail("pwrite", errno.EIO)
+        if not cut:
+            disk.fail("truncate", errno.EIO)
+        with pytest.raises(StorageError):
+            store.put(chunk(1))
+        store.put(chunk(2 + cut))
+        assert store.stats().segments == (1 if cut else 2)
+
+
 def test_a_table_that_finds_no_room_is_done_without() -> None:
     disk = SimDisk()
     store = open_store(disk)
