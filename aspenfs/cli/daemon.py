@@ -155,7 +155,7 @@ class Node:
                 gc.freeze()
                 gc.set_threshold(*GC_THRESHOLDS)
                 await serve(
-                    Operations(self.filesystem, self._presentation()),
+                    Operations(self.filesystem, self._presentation(), acl=options.acl),
                     options.mountpoint,
                     options.fuse_options(),
                     spin_us=SPIN_US if options.spin_us is None else options.spin_us,

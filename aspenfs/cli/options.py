@@ -42,6 +42,7 @@ class MountOptions:
     create: bool = False  # a state directory that holds no cluster gets a new one of one node
     foreground: bool = False
     read_only: bool = False
+    acl: bool = False  # POSIX access control lists
     sync: bool = False  # every change waits until it is committed
     dev: bool = False
     suid: bool = False
@@ -240,6 +241,8 @@ _SWITCHES: dict[str, tuple[str, object]] = {
     # mount(8) before util-linux 2.39 keeps dev and suid to itself, as the defaults that they are there.
     "allow_dev": ("dev", True),
     "allow_suid": ("suid", True),
+    "acl": ("acl", True),
+    "noacl": ("acl", False),
     "create": ("create", True),
 }
 

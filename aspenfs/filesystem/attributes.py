@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from aspenfs import errors
+from aspenfs.filesystem import acl
 from aspenfs.filesystem.layout import (
     ATIME,
     CTIME,
@@ -83,10 +84,14 @@ class AttributeOperations:
             if mode is not None:
                 changed["mode"] = inode.mode & ~PERMISSIONS | mode & PERMISSIONS
                 edits.append(patch(MODE, U32(changed["mode"])))
+            operations = [merge(key, *edits)]
+            if mode is not None and inode.flags & HAS_XATTRS:
+                held = self.store.get(xattr_key(node, acl.ACCESS))
+                if held is not None:
+                    value = acl.pack(acl.with_mode(acl.parse(held.value), mode))
+                    operations.append(put(xattr_key(node, acl.ACCESS), value))
             result = await self.store.txn(
-                (compare_mod_revision(key, EQUAL, record.mod_revision),),
-                (merge(key, *edits),),
-                origin=self.volume,
+                (compare_mod_revision(key, EQUAL, record.mod_revision),), operations, origin=self.volume
             )
             if result.succeeded:
                 return inode._replace(**changed)
@@ -120,8 +125,9 @@ class AttributeOperations:
         return [key[11:] for key, _ in self.store.range(prefix, prefix_end(prefix), keys_only=True)]
 
     async def set(self, node: int, name: bytes, value: bytes) -> None:
-        """NotSupported outside user., trusted., security.; NoSpace when the list grows over 64 KiB."""
-        if not name.startswith(NAMESPACES):
+        """NotSupported outside user., trusted., security. and the two ACLs; NoSpace when the list grows
+        over 64 KiB. An access ACL sets the mode; one that says no more than the mode is not kept."""
+        if not name.startswith(NAMESPACES) and name not in (acl.ACCESS, acl.DEFAULT):
             raise errors.NotSupported(f"extended attributes are kept in {NAMESPACES}")
         if len(value) > XATTR_VALUE_BYTES_MAX:
             raise errors.ArgumentTooLong(f"a value has at most {XATTR_VALUE_BYTES_MAX} bytes")
@@ -132,11 +138,22 @@ class AttributeOperations:
             record = self.store.get(inode_key(node))
             if record is None:
                 raise errors.Stale(f"inode {node} is gone")
-            flags = unpack_inode(record.value).flags | HAS_XATTRS
-            edits = (patch(FLAGS, bytes([flags])), patch(CTIME, I64(self.volume.now())))
+            inode = unpack_inode(record.value)
+            edits: list[Edit] = [patch(CTIME, I64(self.volume.now()))]
+            keep = True
+            if name in (acl.ACCESS, acl.DEFAULT):
+                entries = acl.parse(value)
+                if name == acl.ACCESS:
+                    edits.append(patch(MODE, U32(inode.mode & ~0o777 | acl.mode_bits(entries))))
+                    keep = not acl.is_minimal(entries)
+                elif inode.mode & 0o170000 != 0o040000:
+                    raise errors.AccessDenied("only a directory has a default access control list")
+            key = xattr_key(node, name)
+            if keep:
+                edits.append(patch(FLAGS, bytes([inode.flags | HAS_XATTRS])))
             result = await self.volume.txn(
                 [compare_mod_revision(inode_key(node), EQUAL, record.mod_revision)],
-                [put(xattr_key(node, name), value), merge(inode_key(node), *edits)],
+                [put(key, value) if keep else delete(key), merge(inode_key(node), *edits)],
             )
             if result.succeeded:
                 return

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from aspenfs import errors
+from aspenfs.filesystem import acl
 from aspenfs.filesystem.content import Content, References
 from aspenfs.filesystem.layout import (
     CTIME,
@@ -34,6 +35,7 @@ from aspenfs.filesystem.layout import (
     number,
     orphan_key,
     unpack_inode,
+    xattr_key,
 )
 from aspenfs.filesystem.volume import ATTEMPTS, Volume, conflict
 from aspenfs.kv.types import (
@@ -60,6 +62,7 @@ RENAME_NOREPLACE: Final = 1
 RENAME_EXCHANGE: Final = 2
 RENAME_LOCK: Final = b"f/r"  # changed by every move of a directory to another parent
 DIRECTORY: Final = stat.S_IFDIR >> 12
+SYMLINK: Final = stat.S_IFLNK >> 12
 _new = tuple.__new__
 
 
@@ -129,9 +132,13 @@ class Namespace:
                 gid = above.gid
                 if kind == DIRECTORY:
                     mode |= stat.S_ISGID
+            inherited: list[Operation] = []
+            if above.flags & HAS_XATTRS and kind != SYMLINK:
+                mode, inherited = self._inherit(parent, node, mode, kind)
             now = self.volume.now()
             nlink, up = (2, parent) if kind == DIRECTORY else (1, 0)
-            fields = (nlink, len(target), 0, 0, now, now, now, mode, uid, gid, rdev, up, FORMAT, 0)
+            flags = HAS_XATTRS if inherited else 0
+            fields = (nlink, len(target), 0, 0, now, now, now, mode, uid, gid, rdev, up, FORMAT, flags)
             result = await self.store.txn(
                 (absent(name_key), exists(parent_key)),
                 (
@@ -139,12 +146,26 @@ class Namespace:
                     put(inode_key(node), INODE.pack(*fields) + target),
                     merge(parent_key, *_parent_edits(1, 1 if kind == DIRECTORY else 0, now)),
                     merge(USAGE_KEY, add(0, 1)),
+                    *inherited,
                 ),
                 origin=self.volume,
             )
             if result.succeeded:
                 return node, Inode._make(fields)
         raise conflict("create")
+
+    def _inherit(self, parent: int, node: int, mode: int, kind: int) -> tuple[int, list[Operation]]:
+        """The mode of a new inode under a directory's default ACL, and the ACLs that it gets."""
+        default = self.store.get(xattr_key(parent, acl.DEFAULT))
+        if default is None:
+            return mode, []
+        access, mode = acl.inherited(acl.parse(default.value), mode)
+        operations: list[Operation] = []
+        if not acl.is_minimal(access):
+            operations.append(put(xattr_key(node, acl.ACCESS), acl.pack(access)))
+        if kind == DIRECTORY:
+            operations.append(put(xattr_key(node, acl.DEFAULT), default.value))
+        return mode, operations
 
     async def link(self, node: int, parent: int, name: bytes) -> Inode:
         """One more name for a file that is not a directory. NotPermitted, TooManyLinks, AlreadyExists."""

@@ -64,10 +64,10 @@ class Operations(pyfuse3.Operations):
 
     supports_dot_lookup = False
     enable_writeback_cache = False  # not coherent between hosts (DESIGN §5)
-    enable_acl = False
 
-    def __init__(self, filesystem: FileSystem, presentation: Presentation) -> None:
+    def __init__(self, filesystem: FileSystem, presentation: Presentation, *, acl: bool = False) -> None:
         super().__init__()
+        self.enable_acl = acl
         self.fs, self.show = filesystem, presentation
         self.plain = presentation._replace(sync=False) == Presentation()
         self._negative: dict[int, pyfuse3.EntryAttributes] = {}
