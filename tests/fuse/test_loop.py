@@ -79,7 +79,7 @@ def test_requests_wait_and_are_served_when_all_workers_are_suspended(mountpoint:
 def test_a_quick_request_overtakes_a_slow_one(mountpoint: Path) -> None:
     hold = "try: os.stat(m + '/hold')\nexcept FileNotFoundError: print('held')"
     with ToyDaemon(mountpoint) as toy, toy.client(hold) as slow:
-        _wait_until(lambda: toy.ask("cpu")["requests"] >= 1)
+        _wait_until(lambda: toy.ask("cpu")["held"] == 1)
         toy.run_in_mount("os.stat(m)")
         assert slow.poll() is None
         toy.ask("release")

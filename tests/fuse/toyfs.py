@@ -5,8 +5,8 @@
 Says `ready PID` on standard output once it is mounted, and then obeys one-line commands on standard input:
 `cpu` answers with its CPU time and counters, `lateness` with the worst lateness of its ticker and its socket
 echo since the last such command, `stop` ends it, `cancel` ends it by cancellation. End of input ends it too.
-Names mean something: a lookup of `sleep-N` takes N ms, one of `hold` lasts until the command `release`, one of
-`stop` calls `pyfuse3.terminate`, one of `cancel` cancels the scope of the session, from inside the handler.
+Names mean something: a lookup of `sleep-N` takes N ms, one of `hold` lasts until the command `release`,
+one of `stop` calls `pyfuse3.terminate`, one of `cancel` cancels the session's scope inside the handler.
 Further commands change the tree behind the kernel's back and call the `Notifier` (`_command`).
 """
 
@@ -53,7 +53,7 @@ class ToyOperations(pyfuse3.Operations):
         self.nodes = {pyfuse3.ROOT_INODE: Node(pyfuse3.ROOT_INODE, stat.S_IFDIR | 0o755, timeout_s)}
         self.requests = 0
         self.scope = trio.CancelScope()
-        self.asleep = self.asleep_max = 0
+        self.asleep = self.asleep_max = self.held = 0
         self.released = trio.Event()
 
     def _add(self, parent: int, name: bytes, mode: int) -> Node:
@@ -72,6 +72,7 @@ class ToyOperations(pyfuse3.Operations):
             await trio.sleep(float(name[6:]) / 1000)
             self.asleep -= 1
         elif name == b"hold":
+            self.held += 1
             await self.released.wait()
         elif name == b"stop":
             pyfuse3.terminate()
@@ -208,6 +209,7 @@ async def _obey(operations: ToyOperations, lateness: Lateness, notifier: Notifie
                         cpu_ns=time.process_time_ns(),
                         requests=operations.requests,
                         asleep_max=operations.asleep_max,
+                        held=operations.held,
                         hand_overs=session.hand_overs if session else 0,
                         visits=session.visits if session else 0,
                     )
