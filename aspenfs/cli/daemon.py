@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib import metadata
 from typing import Any, Final
 
 import trio
@@ -147,6 +148,7 @@ class Node:
                     self.status,
                     {"check": OnlineCheck(self.store, self.blobs).handle},
                     clock=self.clock,
+                    release=_release(),
                 )
                 await nursery.start(partial(control.serve, str(self.directory.control_socket)))
                 nursery.start_soon(self._housekeeping)
@@ -252,6 +254,13 @@ def main() -> int:
 
 async def _run(options: MountOptions, directory: StateDirectory, ready: Callable[[], None]) -> None:
     await Node(options, directory).run(ready)
+
+
+def _release() -> str:
+    try:
+        return metadata.version("aspenfs")
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _first(error: BaseException) -> BaseException:
