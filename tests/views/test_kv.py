@@ -126,6 +126,7 @@ def test_long_component_made_through_the_mount_is_the_whole_key() -> None:
         at = kv.mounted
         key = b"x" * 300
         await at.mkdir(b"x" * 251 + b"%+")
+        assert await at.names() == [b"x" * 251 + b"%+"]
         await at.create(b"x" * 251 + b"%+/" + b"x" * 49, b"v")
         assert kv.keys() == {key: b"v"}
         await kv.store.txn([], [put(b"k/" + b"x" * 251, b"short"), put(b"k/" + b"x" * 255, b"fits")])
@@ -157,7 +158,40 @@ def test_key_of_more_than_1024_bytes_is_enametoolong() -> None:
     run(test)
 
 
+def test_new_file_is_one_revision_although_it_is_opened_to_be_truncated() -> None:
+    async def test(kv: KVSetup) -> None:
+        await kv.mounted.write(b"f", b"v")
+        record = kv.store.get(b"k/f")
+        assert record is not None
+        assert record.version == 2  # made, written
+
+    run(test)
+
+
+def test_directory_without_marker_replaces_one_with_its_marker() -> None:
+    async def test(kv: KVSetup) -> None:
+        await kv.store.txn([], [put(b"k/a/b", b"1")])
+        await kv.mounted.mkdir(b"c", 0o700)
+        await kv.mounted.rename(b"a", b"c")
+        assert stat.S_IMODE((await kv.mounted.stat(b"c")).mode) == 0o755
+        assert kv.keys() == {b"c/b": b"1"}
+
+    run(test)
+
+
 # --- attributes ---
+
+
+def test_renamed_key_without_a_time_keeps_the_one_it_showed() -> None:
+    async def test(kv: KVSetup) -> None:
+        await kv.store.txn([], [put(b"k/f", b"v")])
+        before = await kv.mounted.stat(b"f")
+        await kv.mounted.rename(b"f", b"g")
+        after = await kv.mounted.stat(b"g")
+        assert after.mtime_ns == before.mtime_ns
+        assert after.ctime_ns > before.ctime_ns
+
+    run(test)
 
 
 def test_key_made_by_others_has_defaults() -> None:

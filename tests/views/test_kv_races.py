@@ -129,6 +129,57 @@ def test_rename_of_a_directory_takes_a_key_that_came_meanwhile() -> None:
     run(test)
 
 
+@pytest.mark.parametrize(
+    ("other", "value"),
+    [(b"k/d/aa", b"between"), (b"k/d/a", b"changed"), (b"k/d", b"own"), (b"k/d/z", b"last")],
+)
+def test_rename_of_a_directory_misses_no_change(other: bytes, value: bytes) -> None:
+    async def test(kv: Setup) -> None:
+        await kv.mounted.mkdir(b"d")
+        await kv.mounted.create(b"d/a", b"1")
+        await kv.mounted.create(b"d/b", b"2")
+        kv.meanwhile(put(other, value))
+        await kv.mounted.rename(b"d", b"e")
+        expected = {b"d/a": b"1", b"d/b": b"2", other[2:]: value}
+        assert kv.keys() == {b"e" + key[1:]: value for key, value in expected.items()}
+
+    run(test)
+
+
+def test_rename_over_a_file_sees_that_it_became_a_directory() -> None:
+    async def test(kv: Setup) -> None:
+        await kv.mounted.create(b"f", b"ours")
+        kv.meanwhile(put(b"k/g/below", b"theirs"))
+        with pytest.raises(errors.IsADirectory):
+            await kv.mounted.rename(b"f", b"g")
+
+    run(test)
+
+
+def test_replaced_open_file_holds_what_was_put_last() -> None:
+    async def test(kv: Setup) -> None:
+        await kv.mounted.create(b"new", b"new")
+        await kv.mounted.create(b"f", b"old")
+        file = await kv.mounted.open(b"f")
+        kv.meanwhile(put(b"k/f", b"last"))
+        await kv.mounted.rename(b"new", b"f")
+        assert await whole(file) == b"last"
+        assert kv.keys() == {b"f": b"new"}
+
+    run(test)
+
+
+def test_rename_over_an_empty_directory_sees_a_key_that_came_in_it() -> None:
+    async def test(kv: Setup) -> None:
+        await kv.mounted.mkdir(b"d")
+        await kv.mounted.mkdir(b"e")
+        kv.meanwhile(put(b"k/e/x", b"theirs"))
+        with pytest.raises(errors.DirectoryNotEmpty):
+            await kv.mounted.rename(b"d", b"e")
+
+    run(test)
+
+
 def test_rename_with_noreplace_sees_what_came_meanwhile() -> None:
     async def test(kv: Setup) -> None:
         await kv.mounted.create(b"f", b"ours")
