@@ -88,10 +88,10 @@ def _check(command: Command, encoded_len: int) -> None:
         check_lease(*body)
     elif kind in (LEASE_KEEPALIVE, LEASE_REVOKE, COMPACT):
         (argument,) = body
-        _natural(argument)
+        check_natural(argument)
     elif kind == LEASE_EXPIRE:
         for lease in body:
-            _natural(lease)
+            check_natural(lease)
     elif kind != NOOP or body:
         raise errors.InvalidArgument(f"unknown kind of command: {kind}")
 
@@ -163,7 +163,7 @@ def _check_value(value: bytes) -> None:
         raise errors.TooLarge(f"a value of {len(value)} bytes; at most {VALUE_BYTES_MAX}")
 
 
-def _natural(value: int) -> None:
+def check_natural(value: int) -> None:
     if type(value) is not int or not 0 <= value <= _INT64_MAX:
         raise errors.InvalidArgument(f"not a natural number of 63 bits: {value!r}")
 
@@ -209,7 +209,7 @@ def _check_operation(operation: Operation) -> None:
         if type(value) is not bytes or len(value) > VALUE_BYTES_MAX:
             _check_value(value)
         if lease != 0 or type(lease) is not int:
-            _natural(lease)
+            check_natural(lease)
             if len(key) > _LEASED_KEY_BYTES_MAX:
                 raise errors.NameTooLong(f"a key of {len(key)} bytes with a lease")
         if attributes is not None:
@@ -230,7 +230,7 @@ def _check_operation(operation: Operation) -> None:
     elif code == types.RANGE:
         _, start, end, limit = operation
         _check_bounds(start, end)
-        _natural(limit)
+        check_natural(limit)
     else:
         raise errors.InvalidArgument(f"operation {code!r}")
 

@@ -23,7 +23,7 @@ from aspenfs.kv.state import Effect, Outcome, State
 from aspenfs.kv.store import Dedup, Observer
 from aspenfs.kv.types import Batch, Compare, Event, Operation, Record
 from aspenfs.kv.watch import Hub, Signal, Watcher
-from aspenfs.limits import HISTORY_REVISIONS
+from aspenfs.limits import HISTORY_REVISIONS, LEASE_EXPIRE_MAX
 from aspenfs.seams import Clock, Entropy
 
 _new = tuple.__new__
@@ -94,20 +94,21 @@ class Engine:
         return self._command(commands.LEASE_GRANT, lease, ttl_ms)
 
     def keepalive_command(self, lease: int) -> Command:
+        commands.check_natural(lease)
         return self._command(commands.LEASE_KEEPALIVE, lease)
 
     def revoke_command(self, lease: int) -> Command:
+        commands.check_natural(lease)
         return self._command(commands.LEASE_REVOKE, lease)
 
     def expire_command(self) -> Command | None:
-        """Ends the leases whose time is over; None if there are none. Cheap to call often."""
-        due = self.expired_leases(self._clock.time_ns())
+        """Ends leases whose time is over, LEASE_EXPIRE_MAX at a time; None if there are none. Cheap."""
+        due = self.expired_leases(self._clock.time_ns())[:LEASE_EXPIRE_MAX]
         return self._command(commands.LEASE_EXPIRE, *due) if due else None
 
     def compact_command(self, revision: int) -> Command:
         """To be repeated while the outcome's result is 1: each entry forgets a bounded part."""
-        if revision < 0:
-            raise errors.InvalidArgument(f"revision {revision}")
+        commands.check_natural(revision)
         return self._command(commands.COMPACT, revision)
 
     def compaction_due(self) -> int | None:

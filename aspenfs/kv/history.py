@@ -19,7 +19,7 @@ from aspenfs import errors
 from aspenfs.kv import keys
 from aspenfs.kv.state import Effect, State, first, internal
 from aspenfs.kv.types import NO_ATTRIBUTES, Batch, Event, Record, prefix_end
-from aspenfs.limits import COMPACT_REVISIONS_MAX
+from aspenfs.limits import COMPACT_EFFECTS_MAX, COMPACT_REVISIONS_MAX
 
 CHANGED_END = prefix_end(keys.CHANGED_AT)
 
@@ -71,14 +71,16 @@ def compaction(state: State, index: int, revision: int) -> tuple[int, list[Effec
     if revision > mark:
         effects.append((keys.COMPACTED, internal(index, keys.number(revision))))
     rows = state.items(keys.CHANGED_AT, keys.changed_key(revision))
-    for row_key, row in islice(rows, COMPACT_REVISIONS_MAX):
+    for looked_at, (row_key, row) in enumerate(rows):
+        if looked_at == COMPACT_REVISIONS_MAX or len(effects) >= COMPACT_EFFECTS_MAX:
+            return 1, effects
         for change in _changes(row):
             if change.replaced:
                 effects.append((keys.version_key(change.key, change.replaced), None))
             if change.deleted:
                 effects.append((keys.version_key(change.key, row.mod_revision), None))
         effects.append((row_key, None))
-    return int(next(rows, None) is not None), effects
+    return 0, effects
 
 
 def check_readable(state: State, revision: int, newest: int) -> None:

@@ -212,8 +212,10 @@ class Watcher(AsyncIterator[Batch]):
         await signal.wait()
 
     async def aclose(self) -> None:
+        """Ends the watch; a task that waits for its next batch finds it ended."""
         self._ended = True
         self._hub.leave(self._buffer)
+        self._buffer.wake()
 
     def __del__(self) -> None:
         self._hub.leave(self._buffer)

@@ -22,6 +22,12 @@ class LeaseCases(Suite):
         assert sorted(store.leases()) == sorted([(77, 5_000, 5_000), (picked, 6_000, 6_000)])
         with pytest.raises(errors.AlreadyExists):
             await store.lease_grant(5_000, 77)
+        for lease in (-1, 1 << 63, 1 << 64):
+            for call in (store.lease_keepalive, store.lease_revoke):
+                with pytest.raises(errors.InvalidArgument):
+                    await call(lease)
+            with pytest.raises(errors.InvalidArgument):
+                await store.lease_grant(1_000, lease)
         for ttl_ms in (0, -1, LEASE_TTL_MS_MAX + 1):
             with pytest.raises(errors.InvalidArgument):
                 await store.lease_grant(ttl_ms)

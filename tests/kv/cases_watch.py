@@ -205,6 +205,20 @@ class WatchCases(Suite):
         assert [batch.revision for batch in got] == [result.revision]
 
     @case
+    async def test_closing_a_watch_ends_it_for_a_waiting_reader(self, subject: Subject) -> None:
+        batches = subject.store.watch(b"k/", b"k0")
+        got: list[Batch] = []
+
+        async def read() -> None:
+            got.extend([batch async for batch in batches])
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            await trio.testing.wait_all_tasks_blocked()
+            await batches.aclose()  # type: ignore[attr-defined]
+        assert got == []
+
+    @case
     async def test_a_closed_watch_ends(self, subject: Subject) -> None:
         async with aclosing(subject.store.watch(b"k/", b"k0")) as batches:  # type: ignore[type-var]
             pass

@@ -12,7 +12,7 @@ from aspenfs.kv import keys
 from aspenfs.kv.engine import Engine
 from aspenfs.kv.memory import MemoryState
 from aspenfs.kv.types import Operation, delete, put
-from aspenfs.limits import HISTORY_REVISIONS
+from aspenfs.limits import HISTORY_REVISIONS, LEASE_EXPIRE_MAX
 from tests.kv.subject import FakeClock, FakeEntropy, nothing_more
 
 
@@ -223,3 +223,16 @@ def test_looking_for_expired_leases_reads_nothing_while_none_can_be() -> None:
     command = engine.expire_command()
     assert command is not None
     assert command.body == (1, 2)
+
+
+def test_many_leases_end_a_bounded_number_at_a_time() -> None:
+    clock = FakeClock()
+    engine = Engine(MemoryState(), clock, FakeEntropy(), trio.Event)
+    for lease in range(1, LEASE_EXPIRE_MAX + 11):
+        engine.submit(engine.grant_command(1_000, lease))
+    clock.advance_ms(1_000)
+    ended = []
+    while (command := engine.expire_command()) is not None:
+        ended.append(engine.submit(command)[1].result)
+    assert ended == [LEASE_EXPIRE_MAX, 10]
+    assert engine.leases() == []

@@ -11,7 +11,7 @@ from aspenfs.kv.machine import evaluate
 from aspenfs.kv.memory import MemoryState
 from aspenfs.kv.state import Outcome
 from aspenfs.kv.types import Operation, append, delete, delete_range, merge, prefix_end, put
-from aspenfs.limits import DEDUP_REVISIONS, TXN_DELETED_KEYS_MAX
+from aspenfs.limits import COMPACT_EFFECTS_MAX, COMPACT_REVISIONS_MAX, DEDUP_REVISIONS, TXN_DELETED_KEYS_MAX
 
 SECOND = 1_000_000_000
 CLIENT, OTHER = b"c" * 16, b"o" * 16
@@ -112,6 +112,24 @@ def test_compaction_of_everything_leaves_the_current_records_only() -> None:
     assert log.run(commands.COMPACT, log.index).result == 0
     assert {key: log.state.get(key) for key in log.keys(b"k/")} == current
     assert log.keys(keys.VERSION_OF) == log.keys(keys.CHANGED_AT) == []
+
+
+def test_compaction_takes_a_bounded_part_at_a_time() -> None:
+    log = Log()
+    for number in range(COMPACT_REVISIONS_MAX + 1):
+        log.txn(put(b"k/a", b"%d" % number))
+    first = log.run(commands.COMPACT, log.index)
+    assert first.result == 0, "the newest revision itself stays"
+    log = Log()
+    for _ in range(300):
+        log.txn(*(put(b"k/%d" % number, b"") for number in range(100)))
+    mark = log.index
+    rounds = 1
+    while (outcome := log.run(commands.COMPACT, mark)).result:
+        assert len(outcome.effects) < COMPACT_EFFECTS_MAX + 200
+        rounds += 1
+    assert rounds == 3
+    assert len(log.keys(keys.VERSION_OF)) == 100, "what the revision of the mark replaced"
 
 
 def test_other_keyspaces_have_no_internal_keys_at_all() -> None:
