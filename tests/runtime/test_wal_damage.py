@@ -224,13 +224,14 @@ def test_leftovers_of_a_failed_append_do_not_chain_even_if_they_could_not_be_bla
     for seed in range(60):
         disk = SimDisk(seed)
         wal = open_wal(disk)
+        wal.append(1, 1, 1, b"one")
         disk.fail("pwrite", errno.EIO, times=2)
         with pytest.raises(StorageError):
-            wal.append_many([(1, 1, index, b"x" * 100) for index in range(1, 9)])
-        wal.append(1, 1, 1, b"x" * 100)
+            wal.append_many([(1, 1, index, b"x" * 100) for index in range(2, 9)])
+        wal.append(1, 1, 2, b"x" * 100)
         disk.kill()
         disk.restart()
-        assert [frame.index for frame in open_wal(disk).replay(1)] == [1]
+        assert [frame.index for frame in open_wal(disk).replay(1)] == [1, 2]
 
 
 def _append_until_refused(wal: Wal) -> int:
