@@ -37,11 +37,11 @@ def look(space: KeySpace, parent: DirectoryNode, name: bytes) -> Found | None:
     if child is None:
         return None
     key, prefix = child
-    if prefix is not None and space.is_directory(prefix):
+    record = space.store.get(KEYS + key) if key is not None else None
+    if prefix is not None and space.is_directory(prefix, likely=record is None):
         return space.directory_node(prefix)
     if key is None or (name == VALUE_NAME and not space.is_directory(parent.prefix)):
         return None  # where the directory is gone, its key has its own name again
-    record = space.store.get(KEYS + key)
     return None if record is None else (space.nodes.file(KEYS + key, record), record)
 
 

@@ -142,13 +142,12 @@ class KeySpace:
     def marker(self, prefix: bytes) -> Record | None:
         return self.store.get(MARKERS + prefix)
 
-    def is_directory(self, prefix: bytes | None) -> bool:
-        if prefix is None:
-            return False
-        if not prefix or self.store.get(MARKERS + prefix) is not None:
+    def is_directory(self, prefix: bytes, *, likely: bool = True) -> bool:
+        """`likely` looks at the marker alone first."""
+        if not prefix or (likely and self.store.get(MARKERS + prefix) is not None):
             return True
         if is_continuation(prefix):
-            return self._is_continued(prefix)
+            return self.store.get(MARKERS + prefix) is not None or self._is_continued(prefix)
         for space in (KEYS, MARKERS):
             base = space + prefix
             if self.store.range(base, prefix_end(base), limit=1, keys_only=True):

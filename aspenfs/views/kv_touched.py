@@ -24,6 +24,9 @@ def touched(space: KeySpace, event: Event) -> Iterator[Touched]:
             path = key[len(KEYS):]
             prefix, name = place_of(path)
             yield from _directories(space, prefix)
+            directories = space.nodes.directories
+            if prefix not in directories and path + b"/" not in directories:
+                return  # the kernel knows nothing beside it
             if space.is_directory(path + b"/"):
                 yield from _entry(space, path + b"/", VALUE_NAME)
             else:
