@@ -284,10 +284,10 @@ class OpenInode(OpenFile):
 
 
 class DirectoryListing:
-    """An open directory: a cookie n stands behind the n-th name that this listing has given.
+    """An open directory: a cookie n stands behind the n-th entry that this listing has given.
 
-    Names come from the store in byte order, batch by batch, each batch behind the last name given:
-    so an entry that stays is given exactly once, whatever else comes and goes.
+    Names come from the store in byte order, batch by batch, each batch behind a name given before: so an
+    entry that stays is given exactly once, whatever else comes and goes. Cookies stay good until rewinddir.
     """
 
     def __init__(self, tree: FilesTree, node: int) -> None:
@@ -295,17 +295,18 @@ class DirectoryListing:
         self.names: list[bytes] = []
 
     async def after(self, cookie: int, limit: int) -> Sequence[tuple[bytes, Attr, int]]:
+        names, tree, attr_of = self.names, self.tree, self.tree._attr
         if cookie == 0:
-            self.names.clear()  # rewinddir: what is there now
-        del self.names[cookie:]
+            names.clear()  # rewinddir: what is there now
+        elif cookie > len(names):
+            raise errors.InvalidArgument("a position that this listing has not given")
+        last = names[cookie - 1] if cookie else None
         result: list[tuple[bytes, Attr, int]] = []
-        tree = self.tree
         while not result:
-            last = self.names[-1] if self.names else None
             entries = tree.names.entries(self.node, last, min(limit, LISTING_BATCH))
             if not entries:
                 break
-            names, attr_of = self.names, tree._attr
+            last = entries[-1].name
             for name, node, _ in entries:
                 names.append(name)
                 try:

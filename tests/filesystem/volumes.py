@@ -10,29 +10,7 @@ from aspenfs.filesystem.volume import Volume
 from aspenfs.kv.local import LocalStore
 from aspenfs.vfs.tree import Usage
 from aspenfs.views.files import FilesTree
-
-
-class Clock:
-    """Time that moves a microsecond with each look."""
-
-    def __init__(self) -> None:
-        self.now = 1_700_000_000 * 10**9
-
-    def time_ns(self) -> int:
-        self.now += 1000
-        return self.now
-
-    def monotonic_ns(self) -> int:
-        return self.time_ns()
-
-
-class Entropy:
-    def __init__(self) -> None:
-        self.count = 0
-
-    def random_bytes(self, size: int) -> bytes:
-        self.count += 1
-        return self.count.to_bytes(size, "big")
+from tests.views.subject import CountingEntropy, StepClock, User
 
 
 class MemoryBlobs:
@@ -58,17 +36,13 @@ class MemoryBlobs:
             del self.chunks[digest]
 
 
-class Caller:
-    uid, gid, pid, umask = 0, 0, 1, 0o022
-
-
-CALLER = Caller()
+CALLER = User()
 
 
 class Setup:
     def __init__(self) -> None:
-        self.clock = Clock()
-        self.store = LocalStore(self.clock, Entropy(), trio.Event)
+        self.clock = StepClock()
+        self.store = LocalStore(self.clock, CountingEntropy(), trio.Event)
         self.blobs = MemoryBlobs()
         self.volume = Volume(self.store, self.blobs, self.clock)
         self.tree = FilesTree(self.volume, lambda: Usage(4096, 100, 50, 0, 0))
