@@ -76,8 +76,7 @@ class Recovered:
     def __init__(self) -> None:
         self.segments: list[Segment] = []  # the chain, oldest first; files are open
         self.dropped: list[Segment] = []  # prepared but never begun, or behind a torn tail; files are open
-        self.spare_number: int | None = None  # the number that the spare file last lived under
-        self.has_spare = False
+        self.has_spare = False  # a spare file of which is known under which number it last lived
         self.first_index = 1
         self.last_index = 0
         self.hard_state: tuple[int, bytes] | None = None
@@ -164,9 +163,10 @@ def _open_segments(disk: Disk, directory: str, cluster_id: bytes | None, found: 
     try:
         for name in disk.list(directory):
             if name == SPARE:
-                found.has_spare = True
-                found.spare_number = _spare_number(disk, f"{directory}/{name}")
-                found.next_number = max(found.next_number, (found.spare_number or 0) + 1)
+                number = _spare_number(disk, f"{directory}/{name}")
+                if number is not None:
+                    found.has_spare = True
+                    found.next_number = max(found.next_number, number + 1)
                 continue
             number = segment_number(name)
             if number is None:
@@ -207,7 +207,7 @@ def _spare_number(disk: Disk, path: str) -> int | None:
     try:
         return decode_header(file, path).number
     except StorageError:
-        return None  # half made, or recycled by another release: its contents are never used
+        return None  # half made, or by another release: what is in it must be wiped
     finally:
         file.close()
 

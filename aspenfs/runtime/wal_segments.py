@@ -192,8 +192,12 @@ class SegmentPool:
         file = self._disk.open(path, create=True)
         try:
             here = file.size()
-            if here > size:
+            if here and not self._has_spare:
+                # A file of that name with unknown contents: they must not become part of a segment.
+                file.truncate(0)
+            elif here > size:
                 file.truncate(size)
+            here = file.size()
             while here < size:
                 here = min(size, here + _FILL_BYTES)
                 file.allocate(here)
