@@ -23,9 +23,11 @@ _SMALL_SHARE: Final = 4  # small: under a quarter of a full one
 
 
 class CollectStep(NamedTuple):
+    """What one step did; `segment` is 0 for the last one."""
+
     segment: int
-    copied_bytes: int  # in this step
-    freed_bytes: int  # in this step
+    copied_bytes: int
+    freed_bytes: int  # free once a sync has followed
     needs_sync: bool
 
 
@@ -43,6 +45,17 @@ def collect(
         live = segment.live + move.tombstones * record_size(TOMBSTONE_BYTES)
         if live <= live_share_max * segment.end or _is_small(segments, segment):
             yield from move.steps()
+            if segments.wants_sync():
+                yield from _give_back(segments, segment.id)
+    if segments.removed:
+        yield from _give_back(segments, 0)
+
+
+def _give_back(segments: SegmentSet, number: int) -> Iterator[CollectStep]:
+    """A sync frees the blocks of what was removed: the caller's, or else one of our own."""
+    yield CollectStep(number, 0, 0, True)
+    if segments.removed:
+        segments.sync()
 
 
 def _candidates(segments: SegmentSet, live_share_max: float) -> list[Segment]:

@@ -25,8 +25,9 @@ from aspenfs.blobs import format as fmt
 from aspenfs.blobs.files import Segment, SegmentFiles, write_error
 from aspenfs.blobs.scan import scan
 from aspenfs.errors import Corrupt, NotSupported, StorageError, SyncFailed
-from aspenfs.seams import Disk
+from aspenfs.seams import Disk, DiskFile
 
+_REMOVED_MAX: Final = 8
 _JOIN_BYTES: Final = 16 << 10  # up to here copying into one buffer is cheaper than a second write
 
 
@@ -43,7 +44,8 @@ class SegmentSet(SegmentFiles):
         self._next_id = 1
         self._names_changed = 0  # how often; and how much of that is durable
         self._names_synced = 0
-        self._removed: dict[int, int] = {}  # id -> `_names_changed` just after it was unlinked
+        # Unlinked, but a power failure may bring them back: id -> (`_names_changed` then, handle).
+        self._removed: dict[int, tuple[int, DiskFile]] = {}
         self._failed = False
 
     # --- opening ---
@@ -238,6 +240,9 @@ class SegmentSet(SegmentFiles):
                 self._write_table(segment)
                 segment.sealed = True
                 self._unsealed.pop(segment.id, None)
+        for number, (change, file) in list(self._removed.items()):
+            if change <= changed and self._removed.pop(number, None) is not None:
+                file.close()  # the last handle: this is what frees the blocks, tens of ms at times
 
     def _datasync(self, segment: Segment, end: int) -> None:
         file = segment.file
@@ -264,17 +269,31 @@ class SegmentSet(SegmentFiles):
 
     def exists(self, number: int) -> bool:
         """Can a record of that segment still be found, now or after a power failure?"""
-        return number in self.segments or self._removed.get(number, 0) > self._names_synced
+        return number in self.segments or number in self._removed
+
+    @property
+    def removed(self) -> int:
+        """Segments removed since the last sync; each holds its blocks and a handle until the next."""
+        return len(self._removed)
+
+    def wants_sync(self) -> bool:
+        """Should those be given back before anything else is done?"""
+        if not self._removed:
+            return False
+        return len(self._removed) >= _REMOVED_MAX or self._disk.free_bytes() < 2 * self.segment_bytes
 
     def remove(self, segment: Segment) -> None:
-        """Unlink a sealed segment; the caller has made durable what it still wants of it."""
+        """Unlink a sealed segment; the caller has made durable what it still wants of it.
+
+        The next `sync` frees its blocks: that takes long, and not from the event loop's time.
+        """
         assert segment.sealed
+        file = self._file(segment)
+        self._opened.remove(segment)
+        segment.file = None
         self._unlink(segment, with_table=True)
         del self.segments[segment.id]
-        durable = self._names_synced
-        for number in [n for n, change in self._removed.items() if change <= durable]:
-            del self._removed[number]
-        self._removed[segment.id] = self._names_changed + 1
+        self._removed[segment.id] = (self._names_changed + 1, file)
         self._names_changed += 1
 
     def close(self) -> None:
@@ -289,6 +308,9 @@ class SegmentSet(SegmentFiles):
                     segment.file.close()
                     segment.file = None
             self._opened.clear()
+            for _, file in self._removed.values():
+                file.close()
+            self._removed.clear()
 
 
 def _id_of(name: str, suffix: str) -> int:

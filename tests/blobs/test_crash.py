@@ -37,7 +37,7 @@ def live(disk: SimDisk, seed: int, promises: Promises) -> None:
     """A life of puts, syncs, deletions and collections, over what earlier lives have left."""
     rng = random.Random(seed)
     store = BlobStore.open(disk, segment_bytes=SEGMENT_BYTES)
-    for _ in range(40):
+    for _ in range(30):
         dice = rng.random()
         if dice < 0.55:
             data = rng.randbytes(rng.choice((1, 60, 500, 900, 2000, 5000)))
@@ -105,12 +105,12 @@ def sweep(end: Callable[[SimDisk, int], None], seed: int, *, killed: bool) -> No
         check(BlobStore.open(disk, segment_bytes=SEGMENT_BYTES), promises, killed=False)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_power_failure_at_any_operation_loses_nothing_that_was_synced(seed: int) -> None:
     sweep(SimDisk.crash_at, seed, killed=False)
 
 
-@pytest.mark.parametrize("seed", range(10, 12))
+@pytest.mark.parametrize("seed", [10])
 def test_a_kill_at_any_operation_loses_nothing_that_was_put(seed: int) -> None:
     sweep(SimDisk.kill_at, seed, killed=True)
 

@@ -1,8 +1,18 @@
 """A disk that gives back other bytes than it got, or none."""
 
 import pytest
+from crc32c import crc32c
 
-from aspenfs.blobs.format import RECORD_HEADER_BYTES, SEGMENT_HEADER_BYTES, digest_of, record_size
+from aspenfs.blobs.format import (
+    RECORD_HEADER_BYTES,
+    SEGMENT_HEADER_BYTES,
+    TOMBSTONE,
+    digest_of,
+    encode_record_header,
+    encode_tombstone,
+    location_of,
+    record_size,
+)
 from aspenfs.blobs.store import BlobStore
 from aspenfs.errors import Corrupt, NotFound, NotSupported, StorageError
 from aspenfs.sim.disk import SimDisk
@@ -89,8 +99,9 @@ def test_a_read_that_fails_for_want_of_handles_does_not_brand_the_chunk() -> Non
     disk = SimDisk()
     store, digests = filled(disk)
     disk.fail("open", 24)
-    with pytest.raises(StorageError, match="open files"):
+    with pytest.raises(StorageError, match="open files") as caught:
         store.get(digests[3])
+    assert not isinstance(caught.value, Corrupt)
     assert store.get(digests[3]) == chunk(3)
     assert store.stats().damaged == 0
 
@@ -180,6 +191,24 @@ def test_records_inside_a_chunk_are_not_taken_for_records() -> None:
     assert store.has(digest_of(chunk(2)))
 
 
+def test_a_tombstone_inside_a_chunk_kills_nobody() -> None:
+    """Made to hold at the very place where it will lie, and found when its chunk's header goes bad."""
+    disk = SimDisk()
+    store = open_store(disk)
+    victim = store.put(chunk(0))
+    inside = at(1, RECORD_HEADER_BYTES)
+    payload = encode_tombstone(location_of(1, SEGMENT_HEADER_BYTES), SIZE)
+    place = location_of(1, inside)
+    fake = encode_record_header(place, TOMBSTONE, len(payload), 0, crc32c(payload), victim) + payload
+    outer = store.put(fake + bytes(-len(fake) % 8))
+    last = store.put(chunk(2))
+    store.close()
+    lose_table(disk)
+    disk.flip(FIRST, at(1, 20), 0)
+    store = open_store(disk)
+    assert [store.has(digest) for digest in (victim, outer, last)] == [True, False, True]
+
+
 def test_a_bad_segment_header_does_not_hide_its_chunks() -> None:
     disk = SimDisk()
     _, digests = filled(disk)
@@ -191,8 +220,6 @@ def test_a_bad_segment_header_does_not_hide_its_chunks() -> None:
 
 
 def test_a_newer_format_is_refused_with_advice() -> None:
-    from crc32c import crc32c
-
     disk = SimDisk()
     filled(disk)[0].close()
     lose_table(disk)

@@ -151,4 +151,4 @@ class Blobs(RuleBasedStateMachine):
 
 
 TestBlobs = Blobs.TestCase
-TestBlobs.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)
+TestBlobs.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
