@@ -100,6 +100,18 @@ def test_a_segment_that_lost_its_first_frame_does_not_speak_for_its_next_life(op
     assert open_wal(disk).last_index == last - 15
 
 
+def test_a_spare_of_which_the_past_is_not_known_is_wiped() -> None:
+    disk = SimDisk()
+    disk.make_directory("wal")
+    frame, _ = encode_frame(2 * SECTOR, segment_tag(CLUSTER, 1), 0, 5000, 1, Kind.MARK, 0, 0, b"")
+    disk.open("wal/spare.wal", create=True).pwrite(frame.ljust(4000, b"junk"), 2 * SECTOR)
+    wal = open_wal(disk)
+    assert disk.open(f"wal/{segment_name(1)}").pread(8192, FIRST_FRAME) == bytes(8192 - FIRST_FRAME)
+    _append(wal, 1)
+    _power_failure(disk)
+    assert _indices(open_wal(disk)) == [1]
+
+
 def test_what_was_synced_is_not_trimmed_on_the_word_of_an_unsynced_truncation() -> None:
     for seed in range(40):
         disk = SimDisk(seed)
