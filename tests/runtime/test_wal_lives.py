@@ -104,7 +104,7 @@ def test_a_spare_of_which_the_past_is_not_known_is_wiped() -> None:
     disk = SimDisk()
     disk.make_directory("wal")
     frame, _ = encode_frame(2 * SECTOR, segment_tag(CLUSTER, 1), 0, 5000, 1, Kind.MARK, 0, 0, b"")
-    disk.open("wal/spare.wal", create=True).pwrite(frame.ljust(4000, b"junk"), 2 * SECTOR)
+    disk.open("wal/spare.wal", create=True).pwrite(frame + b"junk" * 1000, 2 * SECTOR)
     wal = open_wal(disk)
     assert disk.open(f"wal/{segment_name(1)}").pread(8192, FIRST_FRAME) == bytes(8192 - FIRST_FRAME)
     _append(wal, 1)
