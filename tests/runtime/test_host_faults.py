@@ -126,20 +126,19 @@ def test_deleting_goes_on_when_no_further_segment_fits(tmp_path: Path) -> None:
 
     async def main() -> None:
         nonlocal free
-        store = open_store(tmp_path, disk=disk, free_bytes=lambda: free)
+        store = open_store(tmp_path, disk=disk, free_bytes=lambda: free, background=False)
         async with running(store):
             await store.txn([], [put(b"f/a", b"")])
-            # Fill up the first segment; the second is in use then, and a third does not fit.
-            for number in range(30):
-                await store.txn([], [put(b"f/%06d" % number, b"x" * 3000)])
-            await until(lambda: store.status()["state"] == "full")
             with pytest.raises(errors.NoSpace):
-                await store.txn([], [put(b"f/b", b"")])
+                await fill(store, b"x" * 3000)
+            assert store.status()["state"] == "full"
+            assert store.revision < 40  # refused as soon as no third segment fits, not when the second is full
             assert (await store.txn([], [delete(b"f/a")])).responses == [1]
             await store.committed()
-            disk.capacity_bytes = free = 1 << 30
-            await until(lambda: store.status()["state"] == "ok")
+            disk.capacity_bytes = 1 << 30
             await until_it_accepts(store)
+            free = 1 << 30
+            await until(lambda: store.status()["state"] == "ok")
         store.close()
 
     trio.run(main)
