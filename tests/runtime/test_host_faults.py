@@ -132,7 +132,7 @@ def test_deleting_goes_on_when_no_further_segment_fits(tmp_path: Path) -> None:
             with pytest.raises(errors.NoSpace):
                 await fill(store, b"x" * 3000)
             assert store.status()["state"] == "full"
-            assert store.revision < 40  # refused as soon as no third segment fits, not when the second is full
+            assert store.revision < 40  # as soon as no third segment fits, not when the second is full
             assert (await store.txn([], [delete(b"f/a")])).responses == [1]
             await store.committed()
             disk.capacity_bytes = 1 << 30
