@@ -106,6 +106,18 @@ def test_a_read_that_fails_for_want_of_handles_does_not_brand_the_chunk() -> Non
     assert store.stats().damaged == 0
 
 
+def test_a_chunk_that_can_be_read_after_all_counts_as_damaged_no_longer() -> None:
+    disk = SimDisk()
+    store, digests = filled(disk)
+    disk.fail("pread", 5)
+    with pytest.raises(Corrupt, match="can not be read"):
+        store.get(digests[3])
+    assert not store.has(digests[3])
+    assert store.get(digests[3]) == chunk(3)
+    assert store.has(digests[3])
+    assert store.stats().damaged == 0
+
+
 def test_a_lost_or_damaged_table_is_rebuilt_from_the_segment() -> None:
     for damage in (
         lose_table,

@@ -87,6 +87,21 @@ def test_space_on_a_full_disk_is_given_back_by_delete_and_collect() -> None:
     assert [store.has(digest) for digest in digests] == [True] + [False] * (len(digests) - 3) + [True] * 2
 
 
+def test_deletions_on_a_full_disk_are_written_down_when_there_is_room() -> None:
+    disk = SimDisk(capacity_bytes=24_000)
+    store = open_store(disk)
+    digests = fill(store)
+    disk.capacity_bytes -= disk.free_bytes()
+    store.delete(digests[::2])
+    disk.capacity_bytes += 10_000
+    more = store.put(chunk(1000))
+    disk.kill()
+    disk.restart()
+    store = open_store(disk)
+    assert [store.has(digest) for digest in digests] == [bool(n % 2) for n in range(len(digests))]
+    assert store.has(more)
+
+
 def test_a_collection_that_finds_no_room_to_copy_changes_nothing() -> None:
     disk = SimDisk(capacity_bytes=24_000)
     store = open_store(disk)
