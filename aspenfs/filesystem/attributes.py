@@ -111,6 +111,8 @@ class AttributeOperations:
 
     def get(self, node: int, name: bytes) -> bytes:
         """NoAttribute, NotSupported for a namespace that we do not keep."""
+        if not name.startswith(NAMESPACES) and name not in (acl.ACCESS, acl.DEFAULT):
+            raise errors.NotSupported(f"extended attributes are kept in {NAMESPACES}")
         if not self.volume.inode(node).flags & HAS_XATTRS:
             raise errors.NoAttribute(name)
         record = self.store.get(xattr_key(node, name))

@@ -318,6 +318,8 @@ class Operations(pyfuse3.Operations):
 
     @answers
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: Any) -> None:
+        if name.startswith(b"system.") and not self.enable_acl:
+            raise errors.NotSupported("access control lists need -o acl: the kernel would not check them")
         tree, node = self.fs.locate(inode)
         await tree.setxattr(node, name, value)
         await self._done(tree)

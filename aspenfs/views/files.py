@@ -24,6 +24,7 @@ from aspenfs.vfs.tree import Attr, Caller, Listing, OpenFile, SetAttr, Touched, 
 DAY_NS: Final = 24 * 3600 * 10**9
 INODES_MAX: Final = (1 << 48) - 1
 LISTING_BATCH: Final = 512
+SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
 
 
 _new = tuple.__new__  # half the cost of a NamedTuple's own constructor
@@ -85,15 +86,18 @@ class FilesTree(Tree):
     async def readlink(self, node: int) -> bytes:
         record = self.store.get(layout.inode_key(node))
         if record is None:
-            raise errors.NotFound(f"inode {node}")
+            raise errors.Stale(f"inode {node} is gone")
         self.was_read(node, layout.unpack_inode(record.value))
         return record.value[layout.TARGET :]
 
     async def open(self, node: int, flags: int, caller: Caller) -> OpenFile:
+        """Stale when a rename or unlink came between the kernel's lookup and this: it looks up again."""
         if flags & os.O_TRUNC:
-            await self.content.truncate(node, 0)
-        else:
-            self.volume.inode(node)
+            inode = await self.content.truncate(node, 0)
+            if inode.mode & SET_IDS and caller.uid:
+                await self.attributes.change(node, mode=_without_set_ids(inode.mode))
+        elif self.store.get(layout.INODE_PREFIX + node.to_bytes(8, "big")) is None:
+            raise errors.Stale(f"inode {node} is gone")
         return self._handle(node, flags)
 
     def _handle(self, node: int, flags: int) -> "OpenInode":
@@ -101,8 +105,8 @@ class FilesTree(Tree):
         return OpenInode(self, node, bool(flags & os.O_APPEND))
 
     async def opendir(self, node: int) -> Listing:
-        inode = self.volume.directory(node)
-        self.was_read(node, inode)
+        if node not in self.ghosts:  # a removed working directory opens, and is empty
+            self.was_read(node, self.volume.directory(node))
         return DirectoryListing(self, node)
 
     async def statfs(self) -> Usage:
@@ -318,3 +322,8 @@ class DirectoryListing:
 
 def _rest(mode: int | None, atime: int | None, mtime: int | None, ctime: int | None) -> dict[str, int | None]:
     return {"mode": mode, "atime": atime, "mtime": mtime, "ctime": ctime}
+
+
+def _without_set_ids(mode: int) -> int:
+    """The permission bits after a truncation by a user without privilege, which open(2) leaves to us."""
+    return mode & 0o7777 & ~(SET_IDS if mode & stat.S_IXGRP else stat.S_ISUID)

@@ -38,6 +38,7 @@ def mount(shared_mount: Mount) -> Iterator[Mount]:
     shared_mount.extend()
     shared_mount.new_log()
     yield shared_mount
+    shared_mount.rest()
     shared_mount.assert_healthy()
 
 

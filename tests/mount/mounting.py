@@ -62,10 +62,14 @@ class Mount:
         assert self.is_mounted()
         return self
 
-    def extend(self, deadline_s: float | None = None) -> None:
-        """Starts the watchdog anew; each test calls it through the fixture."""
+    def rest(self) -> None:
+        """Nobody uses the mount for now: no deadline."""
         if self._watchdog is not None:
             self._watchdog.cancel()
+
+    def extend(self, deadline_s: float | None = None) -> None:
+        """Starts the watchdog anew; each test calls it through the fixture."""
+        self.rest()
         self._watchdog = threading.Timer(deadline_s or self.deadline_s, self._abort)
         self._watchdog.daemon = True
         self._watchdog.start()
@@ -98,8 +102,7 @@ class Mount:
 
     def close(self) -> None:
         """Leaves nothing behind: no process, no mount, no directory."""
-        if self._watchdog is not None:
-            self._watchdog.cancel()
+        self.rest()
         if self.pid and alive(self.pid) and self.is_mounted():
             done = subprocess.run(
                 ["umount", str(self.mountpoint)], check=False, capture_output=True, timeout=30
