@@ -19,6 +19,7 @@ from a thread of its own. The lock that they share is held for one pwrite into t
 during an fdatasync. An append waits for more only when a segment is full and the next is not ready.
 """
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -35,21 +36,19 @@ from aspenfs.runtime.wal_format import (
     VOTE_BYTES_MAX,
     Begin,
     Kind,
-    encode_begin,
     encode_frame,
 )
 from aspenfs.runtime.wal_recovery import Recovered, Report, Segment, recover, verify
 from aspenfs.runtime.wal_replay import Frame, Piece, Void, replay
 from aspenfs.runtime.wal_segments import SegmentPool, storage_error
+from aspenfs.runtime.wal_tail import CONTROL_BYTES, Tail
 from aspenfs.seams import Disk
 
 __all__ = ["Frame", "Kind", "Report", "Wal", "verify"]
 
 logger = logging.getLogger(__name__)
 
-_CONTROL_BYTES: Final = 1 * KIB  # the end of a segment that only frames other than entries may use
 SEGMENT_BYTES_MIN: Final = 4 * KIB
-PAGE_BYTES: Final = 4 * KIB  # of the page cache; a larger one would only cost some reads
 
 
 class Wal:
@@ -64,30 +63,18 @@ class Wal:
         self._first_index, self._last_index = found.first_index, found.last_index
         self._hard_state = found.hard_state
         self._void_after: list[Void] = found.void_after
-        self._run = found.run + 1 & 0xFFFF
-        # The segment being written, its fields unpacked for the append path.
-        self._current: Segment | None = None
-        self._previous: Segment | None = None
-        self._tag = self._end = self._entry_limit = self._crc = 0
-        # Up to here the pages are in the page cache since we wrote them whole. A first write to a part
-        # of any other page makes the kernel read that page from the disk, some ms; see `_whole_pages`.
-        self._cached = 0
-        # Durability: all before `_synced` = (segment number, offset) is durable; `_claim` is what
-        # frames say of it; `_unsynced` are full segments that still wait for their fdatasync.
-        self._synced = (0, 0)
+        self._tail = Tail(found.run + 1 & 0xFFFF)
+        self._previous: Segment | None = None  # the one before the segment that is being written
+        # Durability: all before `_synced` = (segment number, offset) is durable; at `_clean` nothing
+        # is left to sync; `_unsynced` are full segments that still wait for their fdatasync.
+        self._synced = self._clean = (0, 0)
         self._synced_index = self._sync_floor = found.last_index
+        self._unsynced: list[Segment] = []
         # (segment number, offset): how far the log said that it was durable, when it was opened
         self.claimed_at_open = found.synced
-        self._claim = 0
-        self._clean: tuple[int, int] = (0, 0)
-        self._unsynced: list[Segment] = []
         if found.segments:
-            last = found.segments[-1]
-            self._write_to(last)
-            self._entry_limit = last.size - _CONTROL_BYTES
-            self._end, self._crc = last.end, last.crc
-            self._synced = self._clean = (last.number, last.end)
-            self._claim = last.end
+            self._tail.resume(found.segments[-1])
+            self._synced = self._clean = self._tail.position
 
     @classmethod
     def open(
@@ -143,7 +130,7 @@ class Wal:
         # their names, so that no later recovery can take them for a continuation.
         for segment in found.segments:
             segment.file.datasync()
-            if segment is not self._current:
+            if segment is not self._tail.segment:
                 segment.file.close()
         for segment in found.dropped:
             segment.file.close()
@@ -188,25 +175,24 @@ class Wal:
         """
         size = len(payload)
         with self._lock:
-            at = self._end
+            tail = self._tail
+            at = tail.end
             end = at + FRAME_HEADER_BYTES + size + 7 & ~7
-            if end > self._entry_limit or self._dead is not None or size > WAL_FRAME_BYTES_MAX:
-                self._append_slowly([(kind, term, index, payload)])
+            if end > tail.entry_limit or self._dead is not None or size > WAL_FRAME_BYTES_MAX:
+                self._append([(kind, term, index, payload)])
                 return
             assert index == self._last_index + 1
             assert 0 < kind <= ENTRY_KIND_MAX
-            data, crc = encode_frame(
-                at, self._tag, self._crc, self._claim, self._run, kind, term, index, payload
-            )
-            current = self._current
-            assert current is not None
-            if end > self._cached:
-                data = self._whole_pages(data, end)
+            data, crc = encode_frame(at, tail.tag, tail.crc, tail.claim, tail.run, kind, term, index, payload)
+            if end > tail.cached:
+                data = tail.whole_pages(data, end)
+            segment = tail.segment
+            assert segment is not None
             try:
-                current.file.pwrite(data, at)
+                segment.file.pwrite(data, at)
             except OSError as error:
-                raise self._append_failed(error, at, at + len(data)) from error
-            self._end, self._crc, self._last_index = end, crc, index
+                raise tail.abandon(error, len(data)) from error
+            tail.end, tail.crc, self._last_index = end, crc, index
 
     def append_many(self, frames: Sequence[tuple[int, int, int, bytes]]) -> None:
         """Add frames (kind, term, index, payload) with one pwrite, all or none (of a failed append).
@@ -215,7 +201,7 @@ class Wal:
         Together they must fit into one segment.
         """
         with self._lock:
-            self._append_slowly(frames)
+            self._append(frames)
 
     def save_hard_state(self, term: int, vote: bytes) -> None:
         """Add term and vote; durable after the next sync, as entries are."""
@@ -226,144 +212,86 @@ class Wal:
         with self._lock:
             assert self._first_index - 1 <= index <= self._last_index
             if index < self._last_index:
-                self._append_slowly([(Kind.TRUNCATE, 0, index, b"")])
+                self._void_entries(Kind.TRUNCATE, index)
 
     def reset(self, index: int) -> None:
         """All entries are void: the next one appended is `index + 1` (a snapshot up to `index` came in)."""
         with self._lock:
-            self._append_slowly([(Kind.RESET, 0, index, b"")])
+            self._void_entries(Kind.RESET, index)
 
-    def _append_slowly(self, frames: Sequence[tuple[int, int, int, bytes]]) -> None:
-        """Any frames, with the lock held: checks all, rolls over, opens a segment, then one pwrite."""
+    def _append(self, frames: Sequence[tuple[int, int, int, bytes]]) -> None:
+        """Any frames, with the lock held: checks all, rolls over if they do not fit, writes."""
         if self._dead is not None:
             raise self._dead
         if not frames:
             return
-        size = 0
-        entries = False
-        for kind, _, _, payload in frames:
+        size, last, hard_state = self._checked(frames)
+        tail = self._tail
+        entries = any(kind <= ENTRY_KIND_MAX for kind, *_ in frames)
+        if size > tail.room(entries=entries):
+            self._roll(size)
+        begin = self._begin() if tail.end == FIRST_FRAME else None
+        tail.write(frames, self._last_index, begin)
+        segment = tail.segment
+        assert segment is not None
+        if begin is not None:
+            self._segments.append(segment)
+        self._last_index, self._hard_state = last, hard_state
+
+    def _checked(
+        self, frames: Sequence[tuple[int, int, int, bytes]]
+    ) -> tuple[int, int, tuple[int, bytes] | None]:
+        """The bytes that the frames take, and last index and hard state when they are written."""
+        size = BEGIN_BYTES_MAX if self._tail.end <= FIRST_FRAME else 0
+        last, hard_state = self._last_index, self._hard_state
+        for kind, term, index, payload in frames:
             if len(payload) > WAL_FRAME_BYTES_MAX:
                 raise TxnTooLarge(f"a log entry of {len(payload)} bytes (at most {WAL_FRAME_BYTES_MAX})")
-            assert kind != Kind.HARD_STATE or len(payload) <= VOTE_BYTES_MAX
             size += FRAME_HEADER_BYTES + len(payload) + 7 & ~7
-            entries = entries or kind <= ENTRY_KIND_MAX
-        if self._end <= FIRST_FRAME:
-            size += BEGIN_BYTES_MAX
-        limit = 0 if self._current is None else self._current.size - (_CONTROL_BYTES if entries else 0)
-        if self._end + size > limit:
-            self._roll(size)
-        at = start = self._end
-        current = self._current
-        assert current is not None
-        crc, last, hard_state = self._crc, self._last_index, self._hard_state
-        parts: list[bytes] = []
-        begin: Begin | None = None
-        if start == FIRST_FRAME:
-            begin = self._begin()
-            data, crc = encode_frame(
-                at,
-                self._tag,
-                begin.previous_crc,
-                self._claim,
-                self._run,
-                Kind.BEGIN,
-                0,
-                last,
-                encode_begin(begin),
-            )
-            parts.append(data)
-            at += len(data)
-        begin_end = at
-        for kind, term, index, payload in frames:
-            if kind <= ENTRY_KIND_MAX:
-                assert index == last + 1
-                assert kind > 0
-                last = index
-            elif kind == Kind.HARD_STATE:
+            if kind == Kind.HARD_STATE:
+                assert len(payload) <= VOTE_BYTES_MAX
                 hard_state = (term, payload)
-            else:
-                last = index
-            data, crc = encode_frame(at, self._tag, crc, self._claim, self._run, kind, term, index, payload)
-            parts.append(data)
-            at += len(data)
-        data = self._whole_pages(b"".join(parts), at)
-        try:
-            current.file.pwrite(data, start)
-        except OSError as error:
-            raise self._append_failed(error, start, start + len(data)) from error
-        if begin is not None:
-            current.begin, current.begin_end, current.base = begin, begin_end, begin.index
-            self._entry_limit = current.size - _CONTROL_BYTES
-            self._segments.append(current)
-        for offset_kind, _, index, _ in frames:
-            if offset_kind in (Kind.TRUNCATE, Kind.RESET):
-                self._voided(offset_kind, index, start)
-        self._end, self._crc, self._last_index, self._hard_state = at, crc, last, hard_state
+                continue
+            assert kind > ENTRY_KIND_MAX or (kind > 0 and index == last + 1)
+            last = index
+        return size, last, hard_state
 
-    def _voided(self, kind: int, index: int, offset: int) -> None:
-        current = self._current
-        assert current is not None
+    def _void_entries(self, kind: Kind, index: int) -> None:
+        """Write TRUNCATE or RESET, with the lock held."""
+        self._append([(kind, 0, index, b"")])
+        segment = self._tail.segment
+        assert segment is not None
+        # Any place behind the entries that are there and before those to come will do.
+        position = self._tail.position
+        if kind == Kind.TRUNCATE:
+            segment.base = min(segment.base, index)
+            self._void_after.append((position, index))
+        else:
+            segment.base = index
+            self._first_index = index + 1
+            self._void_after.append((position, 0))
         self._synced_index = min(self._synced_index, index)
         self._sync_floor = min(self._sync_floor, index)
-        if kind == Kind.TRUNCATE:
-            current.base = min(current.base, index)
-            self._void_after.append(((current.number, offset), index))
-        else:
-            current.base = index
-            self._first_index = index + 1
-            self._void_after.append(((current.number, offset), 0))
-
-    def _whole_pages(self, data: bytes, end: int) -> bytes:
-        """`data`, which ends at `end`, with zeros up to the end of its last page, if that page is new.
-
-        Behind the log's end is nothing that counts: zeros, or the frames of a recycled segment's past.
-        """
-        if end <= self._cached:
-            return data
-        assert self._current is not None
-        self._cached = min(end + PAGE_BYTES - 1 & -PAGE_BYTES, self._current.size)
-        return data + bytes(self._cached - end)
-
-    def _append_failed(self, error: OSError, start: int, end: int) -> NoSpace | StorageError:
-        # Whatever prefix was written: the next frames carry another run, so that no leftover can
-        # chain to them even if they repeat these byte for byte. Blanking it keeps a kill of this
-        # process from bringing back what its caller is now told has failed.
-        self._run = self._run + 1 & 0xFFFF
-        current = self._current
-        assert current is not None
-        try:
-            current.file.pwrite(bytes(end - start), start)
-        except OSError:
-            logger.warning(
-                "wal leftover of a failed append not blanked segment=%s offset=%d", current.name, start
-            )
-        return storage_error(error, f"appending to log segment {current.name}")
 
     # --- segments ---
-
-    def _write_to(self, segment: Segment) -> None:
-        self._current = segment
-        self._tag = segment.tag
-        self._entry_limit = 0  # the first append goes the slow way and writes the BEGIN frame
-        self._end, self._crc, self._claim = FIRST_FRAME, 0, 0
-        self._cached = 0
 
     def _roll(self, size: int) -> None:
         """Go on in a fresh segment. From here on the old one gets no frame any more, even if the
         first write to the new one fails: its BEGIN frame may be on disk and says where the old ended."""
-        room = self._pool.segment_bytes - FIRST_FRAME - BEGIN_BYTES_MAX - _CONTROL_BYTES
-        old = self._current
-        if size > room or (old is not None and self._end == FIRST_FRAME):
+        tail = self._tail
+        room = self._pool.segment_bytes - FIRST_FRAME - BEGIN_BYTES_MAX - CONTROL_BYTES
+        old = tail.segment
+        if size > room or (old is not None and tail.end == FIRST_FRAME):
             raise TxnTooLarge(f"{size} bytes of frames do not fit into a log segment (room: {room} bytes)")
         segment = self._pool.take()
         if old is not None:
-            old.end, old.crc = self._end, self._crc
+            old.end, old.crc = tail.end, tail.crc
             old.last_index = self._last_index
             self._unsynced.append(old)
         self._previous = old
-        self._write_to(segment)
+        tail.start(segment)
         if old is None or self._synced >= (old.number, old.end):
-            self._claim = FIRST_FRAME
+            tail.claim = FIRST_FRAME
         self._pool.stir()
 
     def _begin(self) -> Begin:
@@ -417,8 +345,7 @@ class Wal:
                 if isinstance(self._pool.failure, SyncFailed):
                     self._dead = self._pool.failure
                     raise self._dead
-                current = self._current
-                target = (current.number, self._end) if current is not None else (0, 0)
+                current, target = self._tail.segment, self._tail.position
                 self._sync_floor = self._last_index
                 full = list(self._unsynced)
                 if target == self._clean:
@@ -451,14 +378,16 @@ class Wal:
         by the next append, another power failure could undo that in one sector and not in the next,
         where equal payload bytes would then make the torn frame whole.
         """
-        current = self._current
-        if current is None:
+        tail = self._tail
+        if tail.segment is None:
             return
-        durable, self._claim = self._claim, self._claim if claim else 0
+        durable = tail.claim
+        if not claim:
+            tail.claim = 0
         self._mark(self._synced)
-        current.file.datasync()
-        self._synced = (current.number, self._end)
-        self._claim = self._end if claim else durable
+        tail.segment.file.datasync()
+        self._synced = tail.position
+        tail.claim = tail.end if claim else durable
         if not claim:
             self._clean = (0, 0)  # the next sync has something to say
 
@@ -469,34 +398,28 @@ class Wal:
             return self._dead
 
     def _update_claim(self, synced: tuple[int, int]) -> None:
-        current = self._current
-        assert current is not None
-        if synced[0] == current.number:
-            self._claim = synced[1]
-        elif self._previous is not None and synced >= (self._previous.number, self._previous.end):
-            self._claim = FIRST_FRAME  # of the segments before, nothing is left to sync
+        tail, previous = self._tail, self._previous
+        if synced[0] == tail.position[0]:
+            tail.claim = synced[1]
+        elif previous is not None and synced >= (previous.number, previous.end):
+            tail.claim = FIRST_FRAME  # of the segments before, nothing is left to sync
 
     def _mark(self, synced: tuple[int, int]) -> None:
         """Say how far the log is durable, if no frame has come since that says it; lock held.
 
         The frame itself need not be durable: it is for finding damage later, in a log at rest.
         """
-        current = self._current
-        if current is None or synced != (current.number, self._end) or self._end == FIRST_FRAME:
+        tail = self._tail
+        if (
+            synced != tail.position
+            or tail.end <= FIRST_FRAME
+            or tail.room(entries=False) < FRAME_HEADER_BYTES
+        ):
             return
-        at = self._end
-        if at + FRAME_HEADER_BYTES > current.size:
-            return
-        data, crc = encode_frame(
-            at, self._tag, self._crc, self._claim, self._run, Kind.MARK, 0, self._last_index, b""
-        )
-        try:
-            current.file.pwrite(self._whole_pages(data, at + len(data)), at)
-        except OSError as error:
-            self._append_failed(error, at, at + len(data))
-            return
-        self._end, self._crc = at + len(data), crc
-        self._clean = (current.number, self._end)
+        # Without it the log is as good, but for damage at rest: so a failure is nobody's.
+        with contextlib.suppress(NoSpace, StorageError):
+            tail.write([(Kind.MARK, 0, self._last_index, b"")], self._last_index)
+            self._clean = tail.position
 
     def close(self) -> None:
         """Sync (unless the log is dead) and let go of all files. Idempotent."""
@@ -508,7 +431,7 @@ class Wal:
         finally:
             with self._lock:
                 self._dead = Closed("the log is closed")
-                for segment in [*self._unsynced, self._current]:
+                for segment in [*self._unsynced, self._tail.segment]:
                     if segment is not None:
                         segment.file.close()
             self._pool.close()
@@ -523,10 +446,9 @@ class Wal:
         with self._lock:
             assert self._first_index <= from_index <= self._last_index + 1
             last = self._last_index
+            ends = {self._tail.segment: self._tail.end}
             pieces = [
-                Piece(
-                    s.number, s.base, s.tag, s.begin.previous_crc, self._end if s is self._current else s.end
-                )
+                Piece(s.number, s.base, s.tag, s.begin.previous_crc, ends.get(s, s.end))
                 for s in self._segments
                 if s.begin is not None
             ]

@@ -7,7 +7,7 @@ were before, which in fresh space is zeros.
 import pytest
 
 from aspenfs.errors import Corrupt
-from aspenfs.runtime.wal import PAGE_BYTES, Kind, Wal, verify
+from aspenfs.runtime.wal import Kind, Wal, verify
 from aspenfs.runtime.wal_format import (
     FIRST_FRAME,
     FRAME_HEADER_BYTES,
@@ -16,6 +16,7 @@ from aspenfs.runtime.wal_format import (
     segment_tag,
     walk_frames,
 )
+from aspenfs.runtime.wal_tail import PAGE_BYTES
 from aspenfs.sim.disk import SimDisk, SimulatedCrash
 from tests.runtime.wal_driver import CLUSTER, open_wal
 
