@@ -90,7 +90,8 @@ class Node:
         assert isinstance(kv, KVTree)
         self.files = files
         self.origins = (self.volume, kv.origin)
-        self.filesystem = FileSystem(list(trees.values()), clock.time_ns())
+        barrier = None if options.consistency == "stale" else self.store.barrier
+        self.filesystem = FileSystem(list(trees.values()), clock.time_ns(), barrier)
         self.notifier = Notifier(lambda: list(self.filesystem.known))
         self.stop = trio.Event()
         if options.consistency == "strict":
@@ -202,8 +203,8 @@ class Node:
                     continue
                 last_atimes = trio.current_time()
                 await self.files.flush_atimes()
-                if self.volume.unreferenced:
-                    await self.files.content.collect()
+                if self.volume.unreferenced or self.volume.condemned:
+                    await self.files.content.collect(replay_floor=self.store.replay_floor)
                     await self._compact_blobs()
             except errors.NoSpace as error:
                 log.warning("housekeeping waits for space: %s", error)

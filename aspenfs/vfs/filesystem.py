@@ -9,7 +9,7 @@ learns that a node is forgotten when the count is 0 and no handle is open on it.
 """
 
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final
 
 from aspenfs import errors
@@ -52,7 +52,12 @@ class Handle:
 class FileSystem:
     """Routes operations on inode numbers to trees. Errors are those of `aspenfs.errors`."""
 
-    def __init__(self, trees: Sequence[Tree], now_ns: int) -> None:
+    def __init__(
+        self, trees: Sequence[Tree], now_ns: int, barrier: Callable[[], Awaitable[object]] | None = None
+    ) -> None:
+        """`barrier` returns when reads here see all that was committed anywhere before the call; None
+        answers from what is applied here (`-o consistency=stale`)."""
+        self.barrier = barrier
         self.root_tree = RootTree(trees, now_ns)
         self.trees: list[Tree] = [self.root_tree, *trees]
         self.numbers = {id(tree): index << NODE_BITS for index, tree in enumerate(self.trees)}
@@ -114,6 +119,8 @@ class FileSystem:
 
     async def lookup(self, parent: int, name: bytes) -> tuple[int, Tree, Attr]:
         tree, node = self.locate(parent)
+        if self.barrier is not None:
+            await self.barrier()
         if tree is self.root_tree:
             tree, attr = await self._walk(tree, node, name)
         else:
@@ -197,6 +204,8 @@ class FileSystem:
 
     async def open(self, ino: int, flags: int, caller: Caller) -> tuple[int, OpenFile]:
         tree, node = self.locate(ino)
+        if self.barrier is not None:
+            await self.barrier()
         target = await tree.open(node, flags, caller)
         return self._add_handle(tree, ino, target), target
 
@@ -226,6 +235,8 @@ class FileSystem:
 
     async def opendir(self, ino: int) -> int:
         tree, node = self.locate(ino)
+        if self.barrier is not None:
+            await self.barrier()
         listing: Listing = RootListing(self) if tree is self.root_tree else await tree.opendir(node)
         return self._add_handle(tree, ino, listing)
 

@@ -87,3 +87,22 @@ def test_a_handle_that_is_not_there_is_EBADF() -> None:
         await fs.release(7)
 
     trio.run(main)
+
+
+def test_names_and_opens_wait_for_the_barrier() -> None:
+    async def test(setup: Setup) -> None:
+        waits: list[None] = []
+
+        async def barrier() -> None:
+            waits.append(None)
+
+        fs = FileSystem([setup.tree], 1, barrier)
+        files, _, _ = await fs.lookup(ROOT_INODE, b"files")
+        _, _, ino, _, _ = await fs.create(files, b"f", 0o644, 2, CALLER)
+        before = len(waits)
+        await fs.lookup(files, b"f")
+        await fs.open(ino, 0, CALLER)
+        await fs.opendir(files)
+        assert len(waits) == before + 3
+
+    run(test)
