@@ -25,7 +25,7 @@ from aspenfs.runtime.syncer import Loop
 
 Effects = Sequence[tuple[bytes, Record | None]]
 
-_SYNC = -1  # in the queue, in place of an index
+_APPLY, _SYNC, _STOP = range(3)
 _STEP_EFFECTS = 512  # settled in one go: about 0.2 ms of the loop
 _BATCH_BYTES_MAX = 16 * MIB  # of values in one transaction
 _BREATH_SECONDS = 0.0005  # for the others, after each slice: puts hold the interpreter lock
@@ -43,7 +43,7 @@ class Applier:
         self._state = state
         self._applied, self._stalled, self._failed = applied, stalled, failed
         self._backlog: deque[tuple[int, Effects]] = deque()
-        self._queue: SimpleQueue[int] = SimpleQueue()
+        self._queue: SimpleQueue[int] = SimpleQueue()  # wakes the thread: _APPLY, _SYNC or _STOP
         self._requested = 0
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -65,7 +65,7 @@ class Applier:
         """Entries up to `index` are committed and shall be applied."""
         if index > self._requested:
             self._requested = index
-            self._queue.put(index)
+            self._queue.put(_APPLY)
 
     def request_sync(self) -> None:
         """What is applied shall be durable in the state; `applied` gets no steps then."""
@@ -80,7 +80,7 @@ class Applier:
         """Ends the thread after the batch under way; blocks until then. Idempotent."""
         if self._thread is not None:
             self._stopping.set()
-            self._queue.put(0)
+            self._queue.put(_STOP)
             self._thread.join()
             self._thread = None
 
@@ -102,11 +102,12 @@ class Applier:
     def _run(self, loop: Loop) -> None:
         try:
             while not self._stopping.is_set():
-                upto = self._queue.get()
-                if upto == _SYNC:
+                if self._queue.get() == _SYNC:
                     self._state.sync()
                     loop.run_sync_soon(self._applied, [])
-                while not self._stopping.is_set() and (batch := self._next_batch(upto)):
+                # Up to the newest request, so that those queued meanwhile find nothing to do: many
+                # small batches cost a sync each.
+                while not self._stopping.is_set() and (batch := self._next_batch(self._requested)):
                     self._apply_patiently(*batch, loop)
         except BaseException as error:
             loop.run_sync_soon(self._failed, error)

@@ -48,7 +48,7 @@ STATE_DIRECTORY = "state"
 
 _TERM = 1  # until the log is replicated
 _ENTRY = int(Kind.ENTRY)
-_HURRY_BYTES = 16 * MIB  # in the overlay: sync and apply at once, not at the next interval
+_HURRY_BYTES = 8 * MIB  # logged, or in the overlay: sync and apply now, not at the next interval
 _SWITCH_INTERVAL_SECONDS = 0.0005  # how long a thread of ours may keep the loop from running
 _FREEING = frozenset((types.DELETE, types.DELETE_RANGE))
 
@@ -69,6 +69,7 @@ class NodeStore:
         self._failed = trio.Event()
         self._room = trio.Event()  # replaced after each use
         self._stall: NoSpace | None = None
+        self._unsynced_bytes = 0  # in the log since a sync was last asked for on their account
         self._to_settle: deque[int] = deque()
         self.get = engine.get
         self.range = engine.range
@@ -315,7 +316,9 @@ class NodeStore:
             self._fail(error)  # the log has the entry, the overlay has not
             raise
         self._applier.add(index, outcome[1])
-        if self._overlay.bytes > _HURRY_BYTES:
+        self._unsynced_bytes += len(encoded)
+        if self._unsynced_bytes > _HURRY_BYTES:
+            self._unsynced_bytes = 0
             self._syncer.request()
 
     async def _admitted(self, then: Sequence[Operation]) -> None:
