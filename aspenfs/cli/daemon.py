@@ -47,7 +47,10 @@ log = logging.getLogger(__name__)
 EXIT_OK: Final = 0
 EXIT_SYSTEM: Final = 2
 EXIT_MOUNT: Final = 32
+COLLECTIONS_MAX: Final = 20  # of a hundred blobs, each time
 HOUSEKEEPING_S: Final = 2.0  # access times are written and garbage is collected this often
+GARBAGE_ROWS: Final = 200  # looked at in one turn of the loop at start, some 1 ms
+GARBAGE_PAUSE_S: Final = 0.01
 GC_THRESHOLDS: Final = (50_000, 20, 100)  # a listing of thousands of entries is not garbage
 
 
@@ -153,6 +156,7 @@ class Node:
                 )
                 await nursery.start(partial(control.serve, str(self.directory.control_socket)))
                 nursery.start_soon(self._housekeeping)
+                nursery.start_soon(self._find_garbage)
                 nursery.start_soon(self._signals)
                 gc.collect()
                 gc.freeze()
@@ -203,12 +207,21 @@ class Node:
                     continue
                 last_atimes = trio.current_time()
                 await self.files.flush_atimes()
-                if self.volume.unreferenced or self.volume.condemned:
-                    await self.files.content.collect(replay_floor=self.store.replay_floor)
+                if self.volume.unreferenced:
+                    for _ in range(COLLECTIONS_MAX):
+                        if not await self.files.content.collect():
+                            break
                     await self._compact_blobs()
             except errors.NoSpace as error:
                 log.warning("housekeeping waits for space: %s", error)
                 await trio.sleep(HOUSEKEEPING_S)
+
+    async def _find_garbage(self) -> None:
+        """What the last life had not yet collected when it ended, found a little at a time."""
+        following: bytes | None = b""
+        while following is not None:
+            following = self.files.content.find_garbage(following, GARBAGE_ROWS)
+            await trio.sleep(GARBAGE_PAUSE_S)
 
     async def _compact_blobs(self) -> None:
         """Gives back the space of deleted blobs, a bounded step at a time."""

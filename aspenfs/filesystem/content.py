@@ -6,6 +6,7 @@ crash leaves a prefix of the writes. Small writes travel in the log; an inline e
 appends have grown to INLINE_EXTENT_BYTES_MAX is sealed as a blob, larger writes become blobs at once.
 """
 
+from itertools import islice
 from typing import Final
 
 from aspenfs import errors
@@ -33,6 +34,7 @@ from aspenfs.filesystem.volume import ATTEMPTS, Volume, conflict
 from aspenfs.kv.types import (
     EQUAL,
     Operation,
+    Record,
     add,
     append,
     compare_field,
@@ -42,6 +44,7 @@ from aspenfs.kv.types import (
     delete_range,
     merge,
     patch,
+    prefix_end,
     put,
 )
 from aspenfs.limits import (
@@ -68,8 +71,8 @@ class References:
     def operations(self) -> list[Operation]:
         return [merge(BLOB_PREFIX + digest, add(0, delta)) for digest, delta in self.deltas.items() if delta]
 
-    def lost(self) -> list[bytes]:
-        return [digest for digest, delta in self.deltas.items() if delta < 0]
+    def lost(self) -> dict[bytes, None]:
+        return {digest: None for digest, delta in self.deltas.items() if delta < 0}
 
 
 class Content:
@@ -247,7 +250,7 @@ class Content:
             self.volume.pinned[digest] = pins
         else:
             del self.volume.pinned[digest]
-            self.volume.unreferenced.add(digest)  # cheap to look at again, costly to forget
+            self.volume.unreferenced[digest] = None  # cheap to look at again, costly to forget
 
     # --- truncation ---
 
@@ -327,37 +330,53 @@ class Content:
 
     # --- garbage ---
 
-    async def collect(self, most: int = 100) -> int:
-        """Deletes up to `most` blobs that no extent names any more; how many candidates it took.
+    def find_garbage(self, start: bytes, limit: int) -> bytes | None:
+        """Makes candidates of what an earlier life left without a name: looks at `limit` rows from `start`
+        (at first b""). Where to go on, or None at the end."""
+        rows = self.store.range(start or BLOB_PREFIX, prefix_end(BLOB_PREFIX), limit=limit)
+        self.volume.unreferenced.update(
+            {key[len(BLOB_PREFIX) :]: None for key, row in rows if not _count(row)}
+        )
+        return rows[-1][0] + b"\0" if len(rows) == limit else None
 
-        The reference row goes first, and only when that is committed the bytes: whatever a crash
-        loses, no extent is left that names a missing blob.
+    async def collect(self, most: int = 100) -> int:
+        """Deletes blobs that no extent names, of up to `most` candidates; how many it deleted.
+
+        Entries above the store's replay floor may be evaluated again by the next start, which then needs
+        the bytes that they name. So a blob goes once its count became 0 at or below the floor. Its row goes
+        after it: until then the next life finds it (`find_garbage`). The log syncs deletions of bytes before
+        its own entries.
         """
-        candidates = sorted(self.volume.unreferenced)[:most]
-        self.volume.unreferenced.difference_update(candidates)
-        doomed = []
-        operations, compares = [], []
-        for digest in candidates:
-            key = BLOB_PREFIX + digest
-            record = self.store.get(key)
-            if digest in self.volume.pinned:
-                continue
-            if record is None:
+        volume, floor = self.volume, self.store.replay_floor
+        doomed: list[bytes] = []
+        rows: list[bytes] = []
+        for digest in list(islice(volume.unreferenced, most)):
+            del volume.unreferenced[digest]
+            if digest in volume.pinned:
+                continue  # losing the pin makes it a candidate again
+            row = self.store.get(BLOB_PREFIX + digest)
+            if row is None:
+                doomed.append(digest)  # no entry ever named it, or none since an earlier deletion
+            elif row.mod_revision > floor:
+                volume.unreferenced[digest] = None  # behind the others
+            elif not _count(row):
                 doomed.append(digest)
-            elif int.from_bytes(record.value[:8], "little", signed=True) == 0:
-                doomed.append(digest)
-                compares.append(compare_field(key, 0, EQUAL, 0))
-                operations.append(delete(key))
-        if operations and not (await self.volume.txn(compares, operations)).succeeded:
-            self.volume.unreferenced.update(doomed)
-            return len(candidates)
-        if doomed:
-            await self.store.committed()
-            gone = [
-                d for d in doomed if d not in self.volume.pinned and self.store.get(BLOB_PREFIX + d) is None
-            ]
-            self.blobs.delete([d for d in gone if self.blobs.has(d)])
-        return len(candidates)
+                rows.append(BLOB_PREFIX + digest)
+        try:
+            self.blobs.delete(doomed)
+            if rows:
+                compares = [compare_field(key, 0, EQUAL, 0) for key in rows]
+                if not (await volume.txn(compares, [delete(key) for key in rows])).succeeded:
+                    volume.unreferenced.update(dict.fromkeys(doomed))
+        except BaseException:
+            volume.unreferenced.update(dict.fromkeys(doomed))
+            raise
+        return len(doomed)
+
+
+def _count(row: Record) -> int:
+    """How many extents name the blob of this row."""
+    return int.from_bytes(row.value[:8], "little", signed=True)
 
 
 def part(extent: Extent, start: int, stop: int) -> Extent:

@@ -35,8 +35,8 @@ class Volume:
         self._next_id = self._last_id = 0
         # Digests put but not yet named by an accepted transaction: not garbage.
         self.pinned: dict[bytes, int] = {}
-        # Digests that lost a reference: candidates for collection.
-        self.unreferenced: set[bytes] = set()
+        # Digests that lost a reference: candidates for collection, the first to come first.
+        self.unreferenced: dict[bytes, None] = {}
 
     async def format(self, mode: int = 0o40755, uid: int = 0, gid: int = 0) -> None:
         """Makes the root directory if there is none."""

@@ -40,6 +40,10 @@ class LocalStore:
     def revision(self) -> int:
         return self.engine.revision
 
+    @property
+    def replay_floor(self) -> int:
+        return self.engine.revision  # nothing is left after its end
+
     def scan(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, Record]]:
         return self.engine.scan(start, end)
 

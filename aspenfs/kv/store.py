@@ -25,6 +25,11 @@ class Store(Protocol):
     def revision(self) -> int:
         """The newest revision visible to reads here."""
 
+    @property
+    def replay_floor(self) -> int:
+        """No start of this node, whatever happens before it, evaluates an entry up to this one again.
+        Bytes beside the log that only such entries name may be destroyed. Never goes back."""
+
     def get(self, key: bytes, *, revision: int | None = None) -> Record | None:
         """The record as of now, or as of `revision` (Compacted, FutureRevision).
 

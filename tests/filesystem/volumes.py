@@ -33,7 +33,7 @@ class MemoryBlobs:
 
     def delete(self, digests: Sequence[bytes]) -> None:
         for digest in digests:
-            del self.chunks[digest]
+            self.chunks.pop(digest, None)
 
 
 CALLER = User()
