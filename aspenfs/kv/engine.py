@@ -226,7 +226,7 @@ class Engine:
             if kind == keys.CHANGED_AT:
                 if record is not None:
                     self._history.append(record.mod_revision)
-                elif self._history:
+                else:
                     self._history.popleft()  # compaction walks from the oldest
             elif kind == keys.LEASE:
                 self._expiry_ns = 0

@@ -11,6 +11,7 @@ from aspenfs.kv.types import (
     EQUAL,
     GREATER,
     LESS,
+    MERGE,
     NOT_EQUAL,
     Compare,
     Operation,
@@ -36,7 +37,14 @@ from aspenfs.kv.types import (
     range_empty,
     set_attributes,
 )
-from aspenfs.limits import KEY_BYTES_MAX, STORE_KEY_BYTES_MAX, TXN_OPS_MAX, VALUE_BYTES_MAX
+from aspenfs.limits import (
+    ATTRIBUTE_BYTES_MAX,
+    ATTRIBUTES_MAX,
+    KEY_BYTES_MAX,
+    STORE_KEY_BYTES_MAX,
+    TXN_OPS_MAX,
+    VALUE_BYTES_MAX,
+)
 from tests.kv.subject import Subject, Suite, case
 
 I64 = struct.Struct("<q")
@@ -304,6 +312,10 @@ class TxnCases(Suite):
         for key in (longest + b"x", b"f/" + b"x" * (STORE_KEY_BYTES_MAX - 1)):
             with pytest.raises(errors.NameTooLong):
                 await store.txn([], [put(key, b"")])
+        await store.lease_grant(60_000, 1)
+        await store.txn([], [put(b"f/" + b"x" * (STORE_KEY_BYTES_MAX - 12), b"", 1)])
+        with pytest.raises(errors.NameTooLong):
+            await store.txn([], [put(b"f/" + b"x" * (STORE_KEY_BYTES_MAX - 11), b"", 1)])
         for key in (b"", b"k/", b"c/", b"t/", b"\x00", b"\x00l\x00\x00\x00\x00\x00\x00\x00\x01"):
             operations: tuple[Operation, ...] = (
                 put(key, b""),
@@ -316,6 +328,20 @@ class TxnCases(Suite):
                     await store.txn([], [operation])
             with pytest.raises(errors.InvalidArgument):
                 await store.txn([absent(key)], [])
+
+    @case
+    async def test_attributes_are_bounded_also_when_they_are_merged(self, subject: Subject) -> None:
+        store = subject.store
+        most = {f"{number:03}": number for number in range(ATTRIBUTES_MAX)}
+        await store.txn([], [put(b"k/a", b"", 0, {**most, "000": bytes(ATTRIBUTE_BYTES_MAX)})])
+        await store.txn([], [merge(b"k/a", set_attributes({"000": b"", "more": 1}))])
+        for operation in (
+            merge(b"k/a", set_attributes({"other": 1})),
+            put(b"k/a", b"", 0, {**most, "more": 1}),
+            put(b"k/a", b"", 0, {"x": bytes(ATTRIBUTE_BYTES_MAX + 1)}),
+        ):
+            with pytest.raises(errors.TooLarge):
+                await store.txn([], [operation])
 
     @case
     async def test_wrong_types_are_refused_before_anything_is_ordered(self, subject: Subject) -> None:
@@ -333,6 +359,9 @@ class TxnCases(Suite):
             merge(b"k/a", add(0, number)),
             merge(b"k/a", patch(-1, b"")),
             merge(b"k/a", (99, 0)),
+            (MERGE, b"k/a", [append(b"")]),
+            put(b"k/a", b"", 0, {"": 1}),
+            put(b"k/a", b"", 0, {"x" * 256: 1}),
             (99, b"k/a"),
         ]
         for wrong in operations:

@@ -225,6 +225,29 @@ def test_looking_for_expired_leases_reads_nothing_while_none_can_be() -> None:
     assert command.body == (1, 2)
 
 
+def test_a_lease_granted_after_a_look_in_vain_ends_in_time() -> None:
+    clock = FakeClock()
+    engine = Engine(MemoryState(), clock, FakeEntropy(), trio.Event)
+    assert engine.expire_command() is None
+    engine.submit(engine.grant_command(1_000, 7))
+    clock.advance_ms(1_000)
+    command = engine.expire_command()
+    assert command is not None
+    assert command.body == (7,)
+
+
+def test_a_watch_that_cannot_be_is_refused_when_asked_for() -> None:
+    engine = an_engine()
+    for _ in range(3):
+        run(engine, put(b"k/a", b""), put(b"f/a", b""))
+    engine.submit(engine.compact_command(2))
+    engine.committed_to(4)
+    with pytest.raises(errors.Compacted):
+        engine.watch(b"k/", b"k0", from_revision=1)
+    with pytest.raises(errors.InvalidArgument):
+        engine.watch(b"k/", b"k0", from_revision=-1)
+
+
 def test_many_leases_end_a_bounded_number_at_a_time() -> None:
     clock = FakeClock()
     engine = Engine(MemoryState(), clock, FakeEntropy(), trio.Event)

@@ -71,6 +71,8 @@ def test_a_client_that_comes_back_after_its_expiry_is_remembered_again() -> None
     log.txn(dedup=(OTHER, 1))
     log.index += DEDUP_REVISIONS
     first = log.txn(merge(b"f/a", append(b"x")), dedup=(CLIENT, 1))
+    touched = [key for key, _ in first.effects]
+    assert len(touched) == len(set(touched)), "one effect per key"
     assert log.txn(merge(b"f/a", append(b"x")), dedup=(CLIENT, 1)).result == first.result
     assert log.keys(keys.CLIENT) == [keys.CLIENT + CLIENT]
 
