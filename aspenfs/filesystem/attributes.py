@@ -40,6 +40,10 @@ from aspenfs.limits import TXN_OPS_MAX, XATTR_LIST_BYTES_MAX, XATTR_VALUE_BYTES_
 
 NAMESPACES: Final = (b"user.", b"trusted.", b"security.")
 PERMISSIONS: Final = 0o7777
+# ns that an inode holds: the years 1677 to 2262. Times beyond are kept as the nearest, as the kernel does
+# for file systems that tell it their range.
+TIME_MIN: Final = -(1 << 63)
+TIME_MAX: Final = (1 << 63) - 1
 
 
 class AttributeOperations:
@@ -76,9 +80,11 @@ class AttributeOperations:
                 edits.append(patch(GID, U32(gid)))
                 changed["gid"] = gid
             if atime is not None:
+                atime = max(TIME_MIN, min(atime, TIME_MAX))
                 edits.append(patch(ATIME, I64(atime)))
                 changed["atime"] = atime
             if mtime is not None:
+                mtime = max(TIME_MIN, min(mtime, TIME_MAX))
                 edits.append(patch(MTIME, I64(mtime)))
                 changed["mtime"] = mtime
             if mode is not None:
