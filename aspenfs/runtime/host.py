@@ -60,7 +60,8 @@ class NodeStore:
                  pre_sync: Sequence[Hook], disk: Disk) -> None:
         self.identity = node
         self._wal, self._state, self._disk = wal, state, disk
-        self.engine = engine = Engine(state, clock, entropy, trio.Event, index=state.applied_index)
+        self.engine = engine = Engine(state, clock, entropy, trio.Event, index=state.applied_index,
+                                      observer_failed=_log_observer)
         self._overlay = engine.overlay
         self._applier = Applier(state, self._batch_applied, self._applier_stalled, self._fail)
         self._syncer = Syncer(wal.sync, pre_sync, self._synced, self._fail, clock.monotonic_ns)
@@ -430,3 +431,8 @@ class NodeStore:
         if self._failure is not None:
             return "failed"
         return "full" if self._stall is not None or self._wal.short_of_space else "ok"
+
+
+def _log_observer(error: Exception) -> None:
+    """An observer that fails misses a change; the store, whose entry stands, goes on."""
+    logger.error("an observer of the store failed", exc_info=error)
