@@ -162,6 +162,27 @@ def test_chunks_put_read_and_deleted_between_steps() -> None:
         store = open_store(disk)
 
 
+def test_between_the_unlinking_and_the_end_chunks_are_found_at_their_new_places_only() -> None:
+    for stop in range(1, 8):
+        disk = SimDisk()
+        store, digests = filled(disk, 12)
+        store.delete(digests[:3])
+        after = 0
+        steps = iter(store.collect(1))
+        for step in steps:
+            after += step.freed_bytes > 0 or after > 0
+            if after == stop:
+                break
+        store.delete(digests[3:5])
+        store.delete(digests[3:5])
+        assert [store.has(d) for d in digests] == [False] * 5 + [True] * 7
+        assert [bytes(store.get(d)) for d in digests[5:]] == [chunk(n) for n in range(5, 12)]
+        del steps  # dropped half-way, it leaves no old places
+        assert store.stats().chunks == 7
+        assert store.put(chunk(3)) == digests[3]
+        assert store.get(digests[3]) == chunk(3)
+
+
 def test_a_deletion_in_mid_collection_holds_after_a_kill() -> None:
     for stop in range(1, 40):
         disk = SimDisk()
