@@ -24,6 +24,7 @@ from aspenfs.vfs.tree import Attr, Caller, Listing, OpenFile, SetAttr, Touched, 
 DAY_NS: Final = 24 * 3600 * 10**9
 INODES_MAX: Final = (1 << 48) - 1
 LISTING_BATCH: Final = 512
+PAGE: Final = 4096
 SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
 
 
@@ -102,7 +103,7 @@ class FilesTree(Tree):
 
     def _handle(self, node: int, flags: int) -> "OpenInode":
         self.open_counts[node] = self.open_counts.get(node, 0) + 1
-        return OpenInode(self, node, bool(flags & os.O_APPEND))
+        return OpenInode(self, node, flags)
 
     async def opendir(self, node: int) -> Listing:
         if node not in self.ghosts:  # a removed working directory opens, and is empty
@@ -264,10 +265,12 @@ class FilesTree(Tree):
 class OpenInode(OpenFile):
     """An open regular file."""
 
-    __slots__ = ("appending", "node", "tree")
+    __slots__ = ("appending", "mappable", "node", "tree")
 
-    def __init__(self, tree: FilesTree, node: int, appending: bool) -> None:
-        self.tree, self.node, self.appending = tree, node, appending
+    def __init__(self, tree: FilesTree, node: int, flags: int) -> None:
+        self.tree, self.node = tree, node
+        self.appending = bool(flags & os.O_APPEND)
+        self.mappable = flags & os.O_ACCMODE == os.O_RDWR  # a shared mapping needs both (mmap(2))
 
     async def read(self, offset: int, size: int) -> bytes:
         tree = self.tree
@@ -277,8 +280,20 @@ class OpenInode(OpenFile):
         return data  # type: ignore[return-value]  # any buffer will do for the kernel
 
     async def write(self, offset: int, data: bytes) -> int:
-        await self.tree.content.write(self.node, None if self.appending else offset, data)
+        at: int | None = offset
+        if self.appending and not (self.mappable and self._is_page(offset, len(data))):
+            at = None
+        await self.tree.content.write(self.node, at, data)
         return len(data)
+
+    def _is_page(self, offset: int, length: int) -> bool:
+        """Whether this is the kernel writing a mapping's pages back, by whichever handle the file has.
+
+        An append of this mount comes with the size as its offset, pages lie before the end. Only an append
+        that another host has overtaken can look the same, if it is of whole pages at a page's start.
+        """
+        size = self.tree.volume.inode(self.node).size
+        return offset < size and offset % PAGE == 0 and (length % PAGE == 0 or offset + length == size)
 
     async def sync(self, data_only: bool) -> None:
         await self.tree.store.committed()

@@ -113,6 +113,21 @@ def test_a_mapping_of_an_unlinked_file_works(here: Path) -> None:
     os.close(descriptor)
 
 
+def test_a_mapping_of_a_file_opened_to_append_writes_where_it_is_mapped(here: Path) -> None:
+    """The kernel writes pages back through any open file; that it appends must not matter."""
+    for size in (100, PAGE, 3 * PAGE + 17):
+        touch(here / "file", b"a" * size)
+        descriptor = os.open(here / "file", os.O_RDWR | os.O_APPEND)
+        with mmap.mmap(descriptor, size) as mapped:
+            mapped[size // 2 : size // 2 + 3] = b"bcd"
+            mapped.flush()
+        assert os.fstat(descriptor).st_size == size
+        os.write(descriptor, b"end" * 2000)
+        os.close(descriptor)
+        data = (here / "file").read_bytes()
+        assert data == b"a" * (size // 2) + b"bcd" + b"a" * (size - size // 2 - 3) + b"end" * 2000
+
+
 def test_a_mapping_of_8_mib_written_at_random(here: Path) -> None:
     size = 8 * MIB
     model = bytearray(size)
