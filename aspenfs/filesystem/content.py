@@ -52,10 +52,15 @@ from aspenfs.limits import (
     FILE_BYTES_MAX,
     INLINE_EXTENT_BYTES_MAX,
     INLINE_WRITE_BYTES_MAX,
+    MIB,
     TXN_OPS_MAX,
 )
 
-EXTENTS_A_STEP: Final = 48  # released by one transaction: an extent and a reference each, and some
+# What one transaction releases at most; the least of the three ends it.
+REFERENCES_A_STEP: Final = 96  # an operation each
+EXTENTS_A_STEP: Final = 2_048  # in one range; some ms of the loop
+INLINE_BYTES_A_STEP: Final = 2 * MIB  # read to be released
+PAGE: Final = 64  # extents fetched at a time
 OPS_ROOM: Final = TXN_OPS_MAX - 8
 
 
@@ -71,8 +76,8 @@ class References:
     def operations(self) -> list[Operation]:
         return [merge(BLOB_PREFIX + digest, add(0, delta)) for digest, delta in self.deltas.items() if delta]
 
-    def lost(self) -> dict[bytes, None]:
-        return {digest: None for digest, delta in self.deltas.items() if delta < 0}
+    def lost(self) -> list[bytes]:
+        return [digest for digest, delta in self.deltas.items() if delta < 0]
 
 
 class Content:
@@ -105,10 +110,14 @@ class Content:
     def _bytes(self, extent: Extent, start: int, stop: int) -> bytes | memoryview:
         if extent.data is not None:
             return extent.data[start - extent.offset : stop - extent.offset]
-        return self.blobs.get(extent.digest, extent.start + start - extent.offset, stop - start)
+        try:
+            return self.blobs.get(extent.digest, extent.start + start - extent.offset, stop - start)
+        except errors.NotFound as error:
+            advice = "`aspen check` names the files; restore them from a backup"
+            raise errors.Corrupt("blobs", 0, f"there is no {error}, which a file names", advice) from error
 
-    def overlapping(self, node: int, start: int, end: int) -> list[Extent]:
-        """The extents with a byte in [start, end), in order."""
+    def overlapping(self, node: int, start: int, end: int, limit: int = 0) -> list[Extent]:
+        """The extents with a byte in [start, end), in order; with a limit, no more than some that many."""
         found = self.store.range(extent_key(node, 0), extent_key(node, start + 1), limit=1, reverse=True)
         extents = [unpack_extent(key, record.value) for key, record in found]
         if extents and extents[0].offset + extents[0].length <= start:
@@ -116,7 +125,9 @@ class Content:
         if end - start > 1:
             extents += [
                 unpack_extent(key, record.value)
-                for key, record in self.store.range(extent_key(node, start + 1), extent_key(node, end))
+                for key, record in self.store.range(
+                    extent_key(node, start + 1), extent_key(node, end), limit=limit
+                )
             ]
         return extents
 
@@ -142,9 +153,10 @@ class Content:
             if start + len(data) > FILE_BYTES_MAX:
                 raise errors.TooLarge(f"a file has at most {FILE_BYTES_MAX} bytes")
             references = References()
-            operations, allocated, digest = self._plan(node, inode, start, data, references)
+            plan = self._plan(node, inode, start, data, references)
+            operations, allocated, digest = plan or ([], 0, None)
             operations += references.operations()
-            if len(operations) > OPS_ROOM:
+            if plan is None or len(operations) > OPS_ROOM:
                 self._unpin(digest)
                 half = len(data) // 2
                 await self._write_piece(node, start, data[:half])
@@ -164,20 +176,23 @@ class Content:
             finally:
                 self._unpin(digest)
             if result.succeeded:
-                self.volume.unreferenced.update(references.lost())
+                self.volume.unreference(references.lost())
                 return start
         raise conflict(f"write to inode {node}")
 
     def _plan(
         self, node: int, inode: Inode, start: int, data: bytes, references: References
-    ) -> tuple[list[Operation], int, bytes | None]:
-        """Operations on extents, bytes newly allocated, and the digest that was pinned."""
+    ) -> tuple[list[Operation], int, bytes | None] | None:
+        """Operations on extents, bytes newly allocated, and the digest that was pinned; None if more
+        extents lie under the data than one transaction may take away."""
         end = start + len(data)
         small = len(data) < INLINE_WRITE_BYTES_MAX
         operations: list[Operation] = []
         allocated = 0
         if start < inode.size and inode.allocated:
-            overlaps = self.overlapping(node, start, end)
+            overlaps = self.overlapping(node, start, end, EXTENTS_A_STEP)
+            if len(overlaps) >= EXTENTS_A_STEP:
+                return None
             if len(overlaps) == 1 and small:
                 only = overlaps[0]
                 if only.data is not None and only.offset <= start and end <= only.offset + only.length:
@@ -250,7 +265,7 @@ class Content:
             self.volume.pinned[digest] = pins
         else:
             del self.volume.pinned[digest]
-            self.volume.unreferenced[digest] = None  # cheap to look at again, costly to forget
+            self.volume.unreference((digest,))  # cheap to look at again, costly to forget
 
     # --- truncation ---
 
@@ -260,7 +275,8 @@ class Content:
         if size > FILE_BYTES_MAX:
             raise errors.TooLarge(f"a file has at most {FILE_BYTES_MAX} bytes")
         key = inode_key(node)
-        for _ in range(ATTEMPTS * 1024):
+        failures = 0
+        while failures < ATTEMPTS:
             record = self.store.get(key)
             if record is None:
                 raise errors.Stale(f"inode {node} is gone")
@@ -278,30 +294,21 @@ class Content:
             result = await self.volume.txn(
                 (compare_mod_revision(key, EQUAL, record.mod_revision),), operations
             )
-            if result.succeeded:
-                self.volume.unreferenced.update(references.lost())
-                if reached == size:
-                    return inode._replace(size=size, allocated=inode.allocated - freed, mtime=now, ctime=now)
+            if not result.succeeded:
+                failures += 1
+                continue
+            self.volume.unreference(references.lost())
+            if reached == size:
+                return inode._replace(size=size, allocated=inode.allocated - freed, mtime=now, ctime=now)
+            await self.volume.breathe()
         raise conflict(f"truncate of inode {node}")
 
     def _cut_tail(self, node: int, size: int, references: References) -> tuple[list[Operation], int, int]:
         """Operations that drop up to a step's worth of extents behind `size`, the bytes freed, and
         the size that the file then has."""
-        found = self.store.range(
-            extent_key(node, size), extent_key(node, 1 << 63), limit=EXTENTS_A_STEP, reverse=True
-        )
-        operations: list[Operation] = []
-        freed, reached = 0, size
-        for key, record in found:
-            extent = unpack_extent(key, record.value)
-            operations.append(delete(key))
-            freed += extent.length
-            reached = extent.offset
-            if extent.data is None:
-                references.change(extent.digest, -1)
-        if len(found) == EXTENTS_A_STEP and reached > size:
-            return operations, freed, reached
-        if size:
+        freed, reached = self._tail(node, size, references)
+        operations = [delete_range(extent_key(node, reached), extent_key(node, 1 << 63))] if freed else []
+        if size and reached == size:
             for extent in self.overlapping(node, size - 1, size):
                 surplus = extent.offset + extent.length - size
                 if surplus > 0:
@@ -313,19 +320,40 @@ class Content:
                         if kept.data is not None
                         else put(key, pack_extent(kept))
                     )
-        return operations, freed, size
+        return operations, freed, reached
+
+    def _tail(self, node: int, size: int, references: References) -> tuple[int, int]:
+        """Looks from the end at up to a step's worth of extents that begin at `size` or behind it: the
+        bytes in them, and where the first of them begins; `size` if these are all."""
+        low, high = extent_key(node, size), extent_key(node, 1 << 63)
+        freed = count = inline_bytes = 0
+        while found := self.store.range(low, high, limit=PAGE, reverse=True):
+            for key, record in found:
+                if (
+                    len(references.deltas) == REFERENCES_A_STEP
+                    or count == EXTENTS_A_STEP
+                    or inline_bytes > INLINE_BYTES_A_STEP
+                ):
+                    return freed, int.from_bytes(high[11:], "big")
+                extent = unpack_extent(key, record.value)
+                if extent.data is None:
+                    references.change(extent.digest, -1)
+                else:
+                    inline_bytes += extent.length
+                freed += extent.length
+                count += 1
+                high = key
+            if len(found) < PAGE:
+                break
+        return freed, size
 
     def release_operations(self, node: int) -> tuple[list[Operation], References] | None:
         """Operations that drop all extents of a file, if one transaction can hold them, else None."""
-        found = self.store.range(extent_key(node, 0), extent_key(node, 1 << 63), limit=EXTENTS_A_STEP + 1)
-        if len(found) > EXTENTS_A_STEP:
-            return None
         references = References()
-        operations: list[Operation] = []
-        for key, record in found:
-            operations.append(delete(key))
-            if record.value[0] == EXTENT_BLOB:
-                references.change(BLOB_EXTENT.unpack(record.value)[3], -1)
+        freed, reached = self._tail(node, 0, references)
+        if reached:
+            return None
+        operations = [delete_range(extent_key(node, 0), extent_key(node, 1 << 63))] if freed else []
         return operations + references.operations(), references
 
     # --- garbage ---
@@ -334,9 +362,7 @@ class Content:
         """Makes candidates of what an earlier life left without a name: looks at `limit` rows from `start`
         (at first b""). Where to go on, or None at the end."""
         rows = self.store.range(start or BLOB_PREFIX, prefix_end(BLOB_PREFIX), limit=limit)
-        self.volume.unreferenced.update(
-            {key[len(BLOB_PREFIX) :]: None for key, row in rows if not _count(row)}
-        )
+        self.volume.unreference(key[len(BLOB_PREFIX) :] for key, row in rows if not _count(row))
         return rows[-1][0] + b"\0" if len(rows) == limit else None
 
     async def collect(self, most: int = 100) -> int:

@@ -284,7 +284,7 @@ class Namespace:
     async def _apply(self, change: "_Change") -> bool:
         result = await self.store.txn(change.compares, change.then, origin=self.volume)
         if result.succeeded and change.references is not None:
-            self.volume.unreferenced.update(change.references.lost())
+            self.volume.unreference(change.references.lost())
         return result.succeeded
 
     async def reap(self, node: int) -> None:

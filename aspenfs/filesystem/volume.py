@@ -5,7 +5,7 @@ whose compares name what it relied on. On a node that accepts alone nothing can 
 others a compare fails, and the operation reads again. So nothing here takes a lock.
 """
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final, Protocol
 
 from aspenfs import errors, limits
@@ -15,6 +15,7 @@ from aspenfs.kv.types import Compare, Operation, TxnResult, absent, add, get, me
 from aspenfs.seams import Clock
 
 ATTEMPTS: Final = 64  # at a transaction whose compares fail, before Conflict
+GARBAGE_MAX: Final = 50_000  # digests remembered, some 150 bytes each
 
 
 class Blobs(Protocol):
@@ -37,6 +38,10 @@ class Volume:
         self.pinned: dict[bytes, int] = {}
         # Digests that lost a reference: candidates for collection, the first to come first.
         self.unreferenced: dict[bytes, None] = {}
+        self.garbage_max = GARBAGE_MAX
+        self.overlooked = False  # some did not find room there: their counts of 0 tell
+        # Awaited between the steps of long work, so that others get their turn.
+        self.breathe: Callable[[], Awaitable[None]] = _no_pause
 
     async def format(self, mode: int = 0o40755, uid: int = 0, gid: int = 0) -> None:
         """Makes the root directory if there is none."""
@@ -83,9 +88,22 @@ class Volume:
     def txn(self, compares: Sequence[Compare], then: Sequence[Operation]):  # type: ignore[no-untyped-def]
         return self.store.txn(compares, then, origin=self)
 
+    def unreference(self, digests: Iterable[bytes]) -> None:
+        """Notes candidates for collection. Their memory is bounded: see `overlooked`."""
+        unreferenced = self.unreferenced
+        for digest in digests:
+            if len(unreferenced) < self.garbage_max:
+                unreferenced[digest] = None
+            elif digest not in unreferenced:
+                self.overlooked = True
+
     def inode_count(self) -> int:
         record = self.store.get(layout.USAGE_KEY)
         return 0 if record is None else int.from_bytes(record.value[:8], "little", signed=True)
+
+
+async def _no_pause() -> None:
+    """For those who have nobody to wait for."""
 
 
 def conflict(what: str) -> errors.Conflict:

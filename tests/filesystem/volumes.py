@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 import blake3
 import trio
 
+from aspenfs import errors
 from aspenfs.filesystem.check import Check, Problem
 from aspenfs.filesystem.volume import Volume
 from aspenfs.kv.local import LocalStore
@@ -25,7 +26,9 @@ class MemoryBlobs:
         return digest
 
     def get(self, digest: bytes, offset: int = 0, size: int | None = None) -> bytes:
-        data = self.chunks[digest]
+        data = self.chunks.get(digest)
+        if data is None:
+            raise errors.NotFound(f"chunk {digest.hex()}")
         return data[offset : len(data) if size is None else offset + size]
 
     def has(self, digest: bytes) -> bool:
