@@ -22,7 +22,7 @@ _CONDITIONS: Final = {
     },
     "failed": {
         "cause": "the store has stopped: its disk failed, or it found damage",
-        "advice": "read daemon.log in the state directory; then unmount, check the disk, aspen check --offline",
+        "advice": "read daemon.log in the state directory; unmount, check the disk, aspen check --offline",
     },
 }
 _COUNTERS: Final = {"revision", "committed", "applied", "durable", "syncs", "applied_batches"}

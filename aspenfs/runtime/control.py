@@ -211,7 +211,7 @@ class _Connection:
             try:
                 await self.send({"id": request.id, "result": result})
                 return
-            except (errors.TooLarge, errors.InvalidArgument):  # what the handler returned does not fit a frame
+            except (errors.TooLarge, errors.InvalidArgument):  # the answer fits no frame
                 log.exception("control: the result of method=%s cannot be sent", request.method)
                 error = errors.RemoteFailure(f"the result of {request.method} cannot be sent; see its log")
         await self.send({"id": request.id, "error": protocol.encode_error(error)})
