@@ -72,11 +72,16 @@ class FileSystem:
         """Makes the directory at `path` (from the whole mount's root) the root. NotFound, NotADirectory."""
         parts = [part for part in path.split(b"/") if part]
         tree, node = self.root
+        shown = path.decode(errors="replace")
         for part in parts:
-            tree, attr = await self._walk(tree, node, part)
+            try:
+                tree, attr = await self._walk(tree, node, part)
+            except errors.NotFound:
+                missing = part.decode(errors="replace")
+                raise errors.NotFound(f"the subtree {shown} does not exist: no {missing!r}") from None
             node = attr.node
             if not stat.S_ISDIR(attr.mode):
-                raise errors.NotADirectory(path)
+                raise errors.NotADirectory(f"the subtree {shown} is not a directory")
         self.root = (tree, node)
         self.root_number = self.numbers[id(tree)] | node
 
