@@ -12,6 +12,7 @@ import os
 import pickle
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -55,7 +56,8 @@ class Torture:
         for tree in ("files", "kv"):
             (mount.mountpoint / tree / "shared").mkdir()
 
-    def round(self) -> Round:
+    def round(self, end: signal.Signals = signal.SIGKILL) -> Round:
+        """One round; with SIGTERM as its `end` the daemon ends by itself, in the middle of the same load."""
         self.number += 1
         self.mount.extend()
         base = self.mount.base / f"round-{self.number}"
@@ -63,10 +65,12 @@ class Torture:
         jobs = self._jobs(base)
         processes = [self._start(base, job) for job in jobs]
         self._wait_for_load(jobs, processes)
-        self.mount.kill()
+        os.kill(self.mount.pid, end)
+        if not wait_for(lambda: not alive(self.mount.pid), WAIT_S):
+            raise Damaged(f"the daemon does not end in round {self.number}")
         Path(jobs[0].stop).touch()
         starts_killed = 0
-        while self.rng.random() < 0.25:
+        while end == signal.SIGKILL and self.rng.random() < 0.25:
             self._kill_while_starting()
             starts_killed += 1
         offline = self.rng.random() < 0.5
