@@ -19,6 +19,7 @@ from tests.mount.snapshot import Node, differences, snapshot
 
 NAMES: Final = ["a", "b", "c", "d", "ä", "n" * 255]
 HANDLES_MAX: Final = 6
+WALK_EVERY: Final = 30  # steps after which it is seen anew which paths exist
 LOOK_EVERY: Final = 150  # steps between comparisons of the whole trees
 CLOCK_NS: Final = 20_000_000  # the kernel's own clock for times of files may be this much behind
 Outcome = object
@@ -38,6 +39,7 @@ class Differential:
         self.seed = seed
         self.step = 0
         self.history: list[str] = []
+        self.paths: list[str] = []
         # Open files: the descriptors in both places, in step.
         self.handles: list[tuple[int, int]] = []
         self.actions: list[tuple[int, Callable[[], None]]] = [
@@ -54,6 +56,8 @@ class Differential:
         weights = [weight for weight, _ in self.actions]
         try:
             for _ in range(steps):
+                if self.step % WALK_EVERY == 0:
+                    self._walk()
                 self.step += 1
                 self.rng.choices(self.actions, weights)[0][1]()
                 if self.step % LOOK_EVERY == 0:
@@ -94,6 +98,13 @@ class Differential:
         by_root = dict(zip(self.roots, pair, strict=True))
         self.both(f"handle {pair[1]} {what}", lambda root: call(by_root[root]))
 
+    def _walk(self) -> None:
+        root = self.roots[0]
+        self.paths = []
+        for above, directories, files in os.walk(root):
+            directories.sort()
+            self.paths += [f"{above}/{name}"[len(root) :] for name in sorted(directories + files)]
+
     def compare_trees(self) -> None:
         right, tried = (snapshot(Path(root)) for root in self.roots)
         found = differences(
@@ -119,8 +130,10 @@ class Differential:
 
     # --- arguments ---
 
-    def path(self) -> str:
-        """A path of one to three components; what there is at it, if anything, is left to luck."""
+    def path(self, existing: float = 0.0) -> str:
+        """A path of one to three components; with the chance `existing` one that was there lately."""
+        if self.paths and self.rng.random() < existing:
+            return self.rng.choice(self.paths)
         depth = self.rng.choice((1, 1, 2, 2, 3))
         return "/" + "/".join(self.rng.choice(NAMES) for _ in range(depth))
 
@@ -221,15 +234,15 @@ class Differential:
         self.both(f"mkdir {path} {mode:o}", lambda root: os.mkdir(root + path, mode))
 
     def rmdir(self) -> None:
-        path = self.path()
+        path = self.path(existing=0.6)
         self.both(f"rmdir {path}", lambda root: os.rmdir(root + path))
 
     def unlink(self) -> None:
-        path = self.path()
+        path = self.path(existing=0.6)
         self.both(f"unlink {path}", lambda root: os.unlink(root + path))
 
     def rename(self) -> None:
-        old, new, flags = self.path(), self.path(), self.rng.choice((0, 0, 0, NOREPLACE, EXCHANGE))
+        old, new, flags = self.path(0.7), self.path(0.2), self.rng.choice((0, 0, 0, NOREPLACE, EXCHANGE))
         self.both(f"rename {old} {new} {flags}", lambda root: renameat2(root + old, root + new, flags))
 
     def create_and_rename(self) -> None:
@@ -245,7 +258,7 @@ class Differential:
         self.both(f"save {path} {len(data)}", call)
 
     def link(self) -> None:
-        old, new = self.path(), self.path()
+        old, new = self.path(0.7), self.path()
         self.both(f"link {old} {new}", lambda root: os.link(root + old, root + new, follow_symlinks=False))
 
     def symlink(self) -> None:
@@ -253,7 +266,7 @@ class Differential:
         self.both(f"symlink {target:.9} {path}", lambda root: os.symlink(target, root + path))
 
     def readlink(self) -> None:
-        path = self.path()
+        path = self.path(existing=0.6)
         self.both(f"readlink {path}", lambda root: os.readlink(root + path))
 
     def mkfifo(self) -> None:
@@ -261,25 +274,25 @@ class Differential:
         self.both(f"mkfifo {path}", lambda root: os.mkfifo(root + path, 0o644))
 
     def list(self) -> None:
-        path = self.rng.choice(("", self.path()))
+        path = self.rng.choice(("", self.path(0.6)))
         self.both(f"list {path}", lambda root: sorted(os.listdir(root + path)))
 
     # --- attributes and whole files ---
 
     def stat(self) -> None:
-        path, follow = self.path(), self.rng.random() < 0.5
+        path, follow = self.path(0.6), self.rng.random() < 0.5
         self.both(f"stat {path}", lambda root: _fields(os.stat(root + path, follow_symlinks=follow)))
 
     def chmod(self) -> None:
-        path, mode = self.path(), self.rng.choice((0o644, 0o755, 0o2755, 0o4711, 0o1777, 0o000))
+        path, mode = self.path(0.6), self.rng.choice((0o644, 0o755, 0o2755, 0o4711, 0o1777, 0o000))
         self.both(f"chmod {path} {mode:o}", lambda root: os.chmod(root + path, mode))
 
     def chown(self) -> None:
-        path, uid, gid = self.path(), self.rng.choice((-1, 0, 7)), self.rng.choice((-1, 0, 500))
+        path, uid, gid = self.path(0.6), self.rng.choice((-1, 0, 7)), self.rng.choice((-1, 0, 500))
         self.both(f"chown {path} {uid} {gid}", lambda root: os.lchown(root + path, uid, gid))
 
     def utime(self) -> None:
-        path, times = self.path(), (self.rng.randrange(10**18), self.rng.randrange(10**18))
+        path, times = self.path(0.6), (self.rng.randrange(10**18), self.rng.randrange(10**18))
 
         def call(root: str) -> Outcome:
             os.utime(root + path, ns=times, follow_symlinks=False)
@@ -288,23 +301,23 @@ class Differential:
         self.both(f"utime {path} {times}", call)
 
     def set_xattr(self) -> None:
-        path, name, value = self.path(), f"user.{self.rng.choice('xyz')}", self.rng.randbytes(20)
+        path, name, value = self.path(0.6), f"user.{self.rng.choice('xyz')}", self.rng.randbytes(20)
         flags = self.rng.choice((0, 0, os.XATTR_CREATE, os.XATTR_REPLACE))
         self.both(f"setxattr {path} {name} {flags}", lambda root: _set(root + path, name, value, flags))
 
     def remove_xattr(self) -> None:
-        path, name = self.path(), f"user.{self.rng.choice('xyz')}"
+        path, name = self.path(0.6), f"user.{self.rng.choice('xyz')}"
         self.both(
             f"removexattr {path} {name}",
             lambda root: os.removexattr(root + path, name, follow_symlinks=False),
         )
 
     def truncate(self) -> None:
-        path, size = self.path(), self.offset()
+        path, size = self.path(0.6), self.offset()
         self.both(f"truncate {path} {size}", lambda root: os.truncate(root + path, size))
 
     def read_whole(self) -> None:
-        path = self.path()
+        path = self.path(0.6)
 
         def call(root: str) -> Outcome:
             descriptor = os.open(root + path, os.O_RDONLY | os.O_NONBLOCK)
@@ -315,7 +328,7 @@ class Differential:
 
     def copy(self) -> None:
         """copy_file_range(2) between two names."""
-        old, new, offset = self.path(), self.path(), self.offset()
+        old, new, offset = self.path(0.7), self.path(), self.offset()
 
         def call(root: str) -> Outcome:
             source = os.open(root + old, os.O_RDONLY | os.O_NONBLOCK)
