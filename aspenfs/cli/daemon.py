@@ -24,6 +24,7 @@ from aspenfs.cli.options import MountOptions
 from aspenfs.cli.paths import StateDirectory, state_directory
 from aspenfs.cli.ready import OPTIONS_VARIABLE, ready_fd, report, sd_notify
 from aspenfs.cli.telemetry import describe
+from aspenfs.cli.upkeep import Upkeep
 from aspenfs.filesystem.layout import named_digests
 from aspenfs.filesystem.volume import Volume
 from aspenfs.fuse.loop import SPIN_US
@@ -47,10 +48,6 @@ log = logging.getLogger(__name__)
 EXIT_OK: Final = 0
 EXIT_SYSTEM: Final = 2
 EXIT_MOUNT: Final = 32
-COLLECTIONS_MAX: Final = 20  # of a hundred blobs, each time
-HOUSEKEEPING_S: Final = 2.0  # access times are written and garbage is collected this often
-GARBAGE_ROWS: Final = 200  # looked at in one turn of the loop at start, some 1 ms
-GARBAGE_PAUSE_S: Final = 0.01
 GC_THRESHOLDS: Final = (50_000, 20, 100)  # a listing of thousands of entries is not garbage
 
 
@@ -77,6 +74,7 @@ class Node:
                 "mount it by its name, or name another state directory with -o state_dir="
             )
         self.volume = Volume(self.store, self.blobs, clock)
+        self.volume.breathe = trio.lowlevel.checkpoint
         resources = Resources(
             store=self.store,
             volume=self.volume,
@@ -92,6 +90,7 @@ class Node:
         assert isinstance(files, FilesTree)
         assert isinstance(kv, KVTree)
         self.files = files
+        self.upkeep = Upkeep(files, self.volume, self.blobs)
         self.origins = (self.volume, kv.origin)
         barrier = None if options.consistency == "stale" else self.store.barrier
         self.filesystem = FileSystem(list(trees.values()), clock.time_ns(), barrier)
@@ -142,8 +141,8 @@ class Node:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self.store.run)
                 await self.volume.format(uid=os.geteuid(), gid=os.getegid())
-                reaped = await self.files.recover()
-                log.info("state is open revision=%d orphans=%d", self.store.revision, reaped)
+                orphans = self.files.recover()
+                log.info("state is open revision=%d orphans=%d", self.store.revision, orphans)
                 if options.subtree != "/":
                     await self.filesystem.use_subtree(os.fsencode(options.subtree))
                 self.store.observe(self.observe)
@@ -155,8 +154,7 @@ class Node:
                     release=_release(),
                 )
                 await nursery.start(partial(control.serve, str(self.directory.control_socket)))
-                nursery.start_soon(self._housekeeping)
-                nursery.start_soon(self._find_garbage)
+                nursery.start_soon(self.upkeep.run)
                 nursery.start_soon(self._signals)
                 gc.collect()
                 gc.freeze()
@@ -171,9 +169,7 @@ class Node:
                     stop=self.stop,
                 )
                 sd_notify("STOPPING=1")
-                while await self.files.reap():
-                    pass
-                await self.files.sync()
+                await self.upkeep.tidy()
                 nursery.cancel_scope.cancel()
         finally:
             self.store.close()
@@ -195,40 +191,6 @@ class Node:
             async for number in received:
                 log.info("stopping signal=%s", signal.Signals(number).name)
                 self.stop.set()
-
-    async def _housekeeping(self) -> None:
-        """Small regular work: access times, orphans, blobs that nothing names any more."""
-        last_atimes = trio.current_time()
-        while True:
-            await trio.sleep(0.05 if self.files.doomed else 0.5)
-            try:
-                await self.files.reap()
-                if trio.current_time() - last_atimes < HOUSEKEEPING_S:
-                    continue
-                last_atimes = trio.current_time()
-                await self.files.flush_atimes()
-                if self.volume.unreferenced:
-                    for _ in range(COLLECTIONS_MAX):
-                        if not await self.files.content.collect():
-                            break
-                    await self._compact_blobs()
-            except errors.NoSpace as error:
-                log.warning("housekeeping waits for space: %s", error)
-                await trio.sleep(HOUSEKEEPING_S)
-
-    async def _find_garbage(self) -> None:
-        """What the last life had not yet collected when it ended, found a little at a time."""
-        following: bytes | None = b""
-        while following is not None:
-            following = self.files.content.find_garbage(following, GARBAGE_ROWS)
-            await trio.sleep(GARBAGE_PAUSE_S)
-
-    async def _compact_blobs(self) -> None:
-        """Gives back the space of deleted blobs, a bounded step at a time."""
-        for step in self.blobs.collect():
-            if step.needs_sync:
-                await trio.to_thread.run_sync(self.blobs.sync)
-            await trio.lowlevel.checkpoint()
 
 
 def main() -> int:

@@ -57,7 +57,7 @@ class FilesTree(Tree):
         self.open_counts: dict[int, int] = {}
         self.ghosts: dict[int, Attr] = {}  # no row any more, but the kernel may still ask
         self.orphans: set[int] = set()  # a row without a name, kept for an open handle
-        self.doomed: set[int] = set()  # orphans that nobody holds any more: to be reaped
+        self.doomed: dict[int, None] = {}  # orphans that nobody holds any more: to be reaped, in this order
         self.atimes: dict[int, int] = {}
 
     def is_open(self, node: int) -> bool:
@@ -191,7 +191,10 @@ class FilesTree(Tree):
             self.ghosts[node] = to_attr(node, inode)
             self.atimes.pop(node, None)
         elif not inode.nlink:
-            (self.orphans if self.is_open(node) else self.doomed).add(node)
+            if self.is_open(node):
+                self.orphans.add(node)
+            else:
+                self.doomed[node] = None
 
     # --- extended attributes ---
 
@@ -221,7 +224,7 @@ class FilesTree(Tree):
         del self.open_counts[node]
         if node in self.orphans:
             self.orphans.discard(node)
-            self.doomed.add(node)
+            self.doomed[node] = None
 
     def forgotten(self, node: int) -> None:
         self.ghosts.pop(node, None)
@@ -234,16 +237,23 @@ class FilesTree(Tree):
 
     async def reap(self, most: int = 64) -> int:
         """Ends up to `most` orphans that nobody holds any more; how many it ended."""
-        some = [self.doomed.pop() for _ in range(min(most, len(self.doomed)))]
-        for node in some:
-            await self.names.reap(node)
-        return len(some)
+        ended = 0
+        while self.doomed and ended < most:
+            node = next(iter(self.doomed))
+            del self.doomed[node]
+            try:
+                await self.names.reap(node)
+            except BaseException:
+                self.doomed[node] = None  # behind the others
+                raise
+            ended += 1
+        return ended
 
-    async def recover(self) -> int:
-        """At start, before the mount: what was open and without a name when the last daemon ended goes."""
+    def recover(self) -> int:
+        """At start: what was open and without a name when the last daemon ended is to be reaped; how many.
+        Not done here: on a full disk the mount must come up, so that something can be deleted."""
         orphans = self.names.orphans()
-        for node in orphans:
-            await self.names.reap(node)
+        self.doomed.update(dict.fromkeys(orphans))
         return len(orphans)
 
     def parent_of(self, node: int) -> int:

@@ -126,7 +126,8 @@ def test_an_orphan_of_a_killed_daemon_is_reaped_at_the_next_start() -> None:
         await setup.tree.unlink(1, b"f")
         volume = Volume(setup.store, setup.blobs, setup.clock)
         again = FilesTree(volume, setup.tree.usage)
-        assert await again.recover() == 1
+        assert again.recover() == 1
+        assert await again.reap() == 1
         assert volume.inode_count() == 1
         with pytest.raises(errors.Stale):
             await handle.write(0, b"late")

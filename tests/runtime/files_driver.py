@@ -294,7 +294,7 @@ class Life:
         if revision in self.hashes:
             assert hash_of(stack.store) == self.hashes[revision]
         await stack.volume.format()
-        await stack.tree.recover()
+        stack.tree.recover()
         found = await stack.look()
         if revision in self.seen:
             assert found == self.seen[revision]

@@ -1,0 +1,145 @@
+"""Upkeep: what fails is tried again, nothing of it ends the mount, nothing is forgotten."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from aspenfs import errors
+from aspenfs.blobs.collect import CollectStep
+from aspenfs.blobs.store import BlobStore
+from aspenfs.cli.upkeep import AFTER_FAILURE_S, Upkeep
+from aspenfs.runtime.disk import RealDisk
+from tests.filesystem.volumes import CALLER, Setup, run
+
+
+@pytest.fixture
+def blobs(tmp_path: Path) -> Iterator[BlobStore]:
+    store = BlobStore.open(RealDisk(tmp_path))
+    yield store
+    store.close()
+
+
+async def orphans(setup: Setup, count: int) -> None:
+    """So many files that are gone but for their rows, as a killed daemon leaves them."""
+    for index in range(count):
+        _, handle = await setup.tree.create(1, b"%d" % index, 0o644, 2, CALLER)
+        await handle.write(0, index.to_bytes(2, "big") * 10_000)
+        await setup.tree.unlink(1, b"%d" % index)
+    setup.tree.orphans.clear()
+    setup.tree.recover()
+
+
+def test_an_orphan_that_cannot_go_now_goes_later_and_does_not_hold_up_the_others() -> None:
+    async def test(setup: Setup) -> None:
+        await orphans(setup, 3)
+        reap, failures = setup.tree.names.reap, [errors.NoSpace("full")]
+
+        async def reap_or_fail(node: int) -> None:
+            if failures:
+                raise failures.pop()
+            await reap(node)
+
+        setup.tree.names.reap = reap_or_fail  # type: ignore[method-assign]
+        with pytest.raises(errors.NoSpace):
+            await setup.tree.reap()
+        assert len(setup.tree.doomed) == 3
+        assert await setup.tree.reap() == 3
+        assert setup.volume.inode_count() == 1
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "error", [errors.NoSpace("full"), errors.Conflict("x"), OSError(5, "x"), ValueError()]
+)
+def test_no_failure_of_upkeep_ends_it(blobs: BlobStore, error: Exception) -> None:
+    async def main() -> None:
+        setup = Setup()
+        await setup.volume.format()
+        await orphans(setup, 1)
+        upkeep = Upkeep(setup.tree, setup.volume, blobs)
+        reap, failures = setup.tree.names.reap, [error]
+
+        async def reap_or_fail(node: int) -> None:
+            if failures:
+                raise failures.pop()
+            await reap(node)
+
+        setup.tree.names.reap = reap_or_fail  # type: ignore[method-assign]
+        with trio.move_on_after(2 * AFTER_FAILURE_S):
+            await upkeep.run()
+        assert not failures
+        assert setup.volume.inode_count() == 1
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_a_sync_that_failed_is_passed_on(blobs: BlobStore) -> None:
+    async def main() -> None:
+        setup = Setup()
+        await setup.volume.format()
+
+        def collect() -> Iterator[CollectStep]:
+            raise errors.SyncFailed("lost")
+
+        blobs.collect = collect  # type: ignore[method-assign,assignment]
+        with pytest.raises(errors.SyncFailed):
+            await Upkeep(setup.tree, setup.volume, blobs).run()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_compaction_that_found_no_room_is_tried_again(blobs: BlobStore) -> None:
+    async def main() -> None:
+        setup = Setup()
+        await setup.volume.format()
+        calls = 0
+
+        def collect() -> Iterator[CollectStep]:
+            nonlocal calls
+            calls += 1
+            if calls == 1:
+                raise errors.NoSpace("full")
+            return iter(())
+
+        blobs.collect = collect  # type: ignore[method-assign,assignment]
+        with trio.move_on_after(60):
+            await Upkeep(setup.tree, setup.volume, blobs).run()
+        assert calls == 2
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_garbage_of_earlier_lives_and_beyond_memory_is_collected(blobs: BlobStore) -> None:
+    async def main() -> None:
+        setup = Setup()
+        await setup.volume.format()
+        await orphans(setup, 50)
+        while await setup.tree.reap():
+            pass
+        setup.volume.unreferenced.clear()  # as after a restart
+        setup.volume.garbage_max = 7
+        with trio.move_on_after(120):
+            await Upkeep(setup.tree, setup.volume, blobs).run()
+        assert setup.blobs.chunks == {}
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_a_full_disk_at_the_end_is_left_to_the_next_start(blobs: BlobStore) -> None:
+    async def main() -> None:
+        setup = Setup()
+        await setup.volume.format()
+        await orphans(setup, 1)
+
+        async def full(node: int) -> None:
+            raise errors.NoSpace("full")
+
+        setup.tree.names.reap = full  # type: ignore[method-assign]
+        await Upkeep(setup.tree, setup.volume, blobs).tidy()
+        assert len(setup.tree.doomed) == 1
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
