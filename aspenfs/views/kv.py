@@ -180,6 +180,9 @@ class KVTree(Tree):
         return kv_attributes.xattr_value(record, name)
 
     async def listxattr(self, node: int) -> Sequence[bytes]:
+        found = self.space.nodes.by_id.get(node)
+        if isinstance(found, FileNode) and found.symlink:
+            return ()  # the kernel lets nobody read user.* of a symbolic link (xattr(7)): cp -a would stumble
         record = self._attributed(node)
         return kv_attributes.xattr_names(record) if record is not None else ()
 
