@@ -251,7 +251,9 @@ class Differential:
 
         def call(root: str) -> None:
             temporary = f"{os.path.dirname(root + path)}/.save"
-            with open(temporary, "wb") as file:
+            # A rename may have put a fifo there: never wait for its reader.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK
+            with os.fdopen(os.open(temporary, flags, 0o644), "wb") as file:
                 file.write(data)
             os.rename(temporary, root + path)
 
