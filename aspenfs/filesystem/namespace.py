@@ -87,6 +87,9 @@ class Namespace:
 
     def __init__(self, volume: Volume, content: Content, in_use: Callable[[int], bool]) -> None:
         self.volume, self.content, self.store, self.in_use = volume, content, volume.store, in_use
+        self.going: set[int] = (
+            set()
+        )  # files that a transaction under way destroys, because nobody has them open
 
     # --- looking ---
 
@@ -270,6 +273,7 @@ class Namespace:
             return Removed(node, after, False)
         self._destroy(change, node, inode, released[0])
         change.references = released[1]
+        change.going = node
         return Removed(node, after, True)
 
     @staticmethod
@@ -282,10 +286,21 @@ class Namespace:
         change.then.append(merge(USAGE_KEY, add(0, -1)))
 
     async def _apply(self, change: "_Change") -> bool:
-        result = await self.store.txn(change.compares, change.then, origin=self.volume)
+        self.going.add(change.going)
+        try:
+            result = await self.store.txn(change.compares, change.then, origin=self.volume)
+        finally:
+            self.going.discard(change.going)
         if result.succeeded and change.references is not None:
             self.volume.unreference(change.references.lost())
         return result.succeeded
+
+    async def keep(self, node: int) -> None:
+        """For who has just opened a file that is `going`: that transaction fails and is made anew, as one
+        that leaves an orphan; or it was first. Stale."""
+        key = inode_key(node)
+        if not (await self.volume.txn([exists(key)], [merge(key, add(NLINK, 0))])).succeeded:
+            raise errors.Stale(f"inode {node} is gone")
 
     async def reap(self, node: int) -> None:
         """Ends an orphan: its bytes (in several transactions if they are many), then its rows."""
@@ -442,6 +457,7 @@ class _Change:
         self.then: list[Operation] = []
         self.references: References | None = None
         self.locked = False
+        self.going = 0
 
 
 def _parent_edits(entries: int, directories: int, now: int) -> list[Edit]:

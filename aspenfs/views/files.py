@@ -28,6 +28,7 @@ PAGE: Final = 4096
 SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
 
 
+_NO_NAME: Final = layout.I64(0)  # how the value of an inode begins when its nlink is 0
 _new = tuple.__new__  # half the cost of a NamedTuple's own constructor
 _unpack_inode: Callable[[bytes], layout.Inode] = layout.INODE.unpack_from  # type: ignore[assignment]
 
@@ -93,13 +94,22 @@ class FilesTree(Tree):
 
     async def open(self, node: int, flags: int, caller: Caller) -> OpenFile:
         """Stale when a rename or unlink came between the kernel's lookup and this: it looks up again."""
-        if flags & os.O_TRUNC:
-            inode = await self.content.truncate(node, 0)
-            if inode.mode & SET_IDS and caller.uid:
-                await self.attributes.change(node, mode=_without_set_ids(inode.mode))
-        elif self.store.get(layout.INODE_PREFIX + node.to_bytes(8, "big")) is None:
-            raise errors.Stale(f"inode {node} is gone")
-        return self._handle(node, flags)
+        handle = self._handle(node, flags)  # first: who removes its last name from now on leaves an orphan
+        try:
+            record = self.store.get(layout.INODE_PREFIX + node.to_bytes(8, "big"))
+            # Without a name it may be on its way out, unless somebody else holds it.
+            if record is None or (record[0].startswith(_NO_NAME) and self.open_counts[node] == 1):
+                raise errors.Stale(f"inode {node} is gone")
+            if node in self.names.going:
+                await self.names.keep(node)
+            if flags & os.O_TRUNC:
+                inode = await self.content.truncate(node, 0)
+                if inode.mode & SET_IDS and caller.uid:
+                    await self.attributes.change(node, mode=_without_set_ids(inode.mode))
+        except BaseException:
+            self.released(node)
+            raise
+        return handle
 
     def _handle(self, node: int, flags: int) -> "OpenInode":
         self.open_counts[node] = self.open_counts.get(node, 0) + 1
