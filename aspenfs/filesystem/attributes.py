@@ -115,11 +115,18 @@ class AttributeOperations:
 
     # --- extended attributes ---
 
+    def _flags(self, node: int) -> int:
+        """Stale when a rename replaced it since the kernel looked: then that looks up again."""
+        record = self.store.get(inode_key(node))
+        if record is None:
+            raise errors.Stale(f"inode {node} is gone")
+        return unpack_inode(record.value).flags
+
     def get(self, node: int, name: bytes) -> bytes:
         """NoAttribute, NotSupported for a namespace that we do not keep."""
         if not name.startswith(NAMESPACES) and name not in (acl.ACCESS, acl.DEFAULT):
             raise errors.NotSupported(f"extended attributes are kept in {NAMESPACES}")
-        if not self.volume.inode(node).flags & HAS_XATTRS:
+        if not self._flags(node) & HAS_XATTRS:
             raise errors.NoAttribute(name)
         record = self.store.get(xattr_key(node, name))
         if record is None:
@@ -127,7 +134,7 @@ class AttributeOperations:
         return record.value
 
     def list(self, node: int) -> Sequence[bytes]:
-        if not self.volume.inode(node).flags & HAS_XATTRS:
+        if not self._flags(node) & HAS_XATTRS:
             return ()
         prefix = XATTR_PREFIX + number(node)
         return [key[11:] for key, _ in self.store.range(prefix, prefix_end(prefix), keys_only=True)]

@@ -136,8 +136,10 @@ class FilesTree(Tree):
     # --- changing ---
 
     async def setattr(self, node: int, wanted: SetAttr, caller: Caller) -> Attr:
-        if node in self.ghosts:
-            raise errors.Stale(f"inode {node} is gone")
+        ghost = self.ghosts.get(node)
+        if ghost is not None:
+            self.ghosts[node] = ghost = _changed(ghost, wanted, self.volume.now())
+            return ghost
         mode, uid, gid, size, atime, mtime, ctime = wanted
         if atime is not None:
             self.atimes.pop(node, None)
@@ -362,3 +364,15 @@ def _rest(mode: int | None, atime: int | None, mtime: int | None, ctime: int | N
 def _without_set_ids(mode: int) -> int:
     """The permission bits after a truncation by a user without privilege, which open(2) leaves to us."""
     return mode & 0o7777 & ~(SET_IDS if mode & stat.S_IXGRP else stat.S_ISUID)
+
+
+def _changed(attr: Attr, wanted: SetAttr, now: int) -> Attr:
+    """What setattr makes of an inode that is no more than these attributes."""
+    fields = {
+        field: value
+        for field, value in zip(SetAttr._fields, wanted, strict=True)
+        if value is not None and field != "mode"
+    }
+    if wanted.mode is not None:
+        fields["mode"] = stat.S_IFMT(attr.mode) | wanted.mode
+    return attr._replace(**{"ctime_ns": now, **fields})

@@ -142,6 +142,11 @@ def test_an_open_directory_may_be_removed(here: Path) -> None:
     os.rmdir(here / "gone")
     assert os.fstat(descriptor).st_nlink == 0
     assert os.listdir(descriptor) == []
+    os.fchmod(descriptor, 0o2711)
+    os.fchown(descriptor, USER, -1)
+    os.utime(descriptor, ns=(5, 6))
+    found = os.fstat(descriptor)
+    assert (found.st_mode, found.st_uid, found.st_mtime_ns) == (stat.S_IFDIR | 0o2711, USER, 6)
     os.close(descriptor)
 
 
