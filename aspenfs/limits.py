@@ -28,6 +28,7 @@ BLOB_OPEN_FILES_MAX = 64  # handles of sealed segments kept open
 # --- log and state ---
 WAL_SEGMENT_BYTES = 64 * MIB
 WAL_FRAME_BYTES_MAX = 4 * MIB
+RESERVE_BYTES = 64 * MIB  # kept back for deleting on a full disk; half of a blob segment is moved into it
 OVERLAY_BYTES_MAX = 64 * MIB  # accepted but not yet applied; beyond it writers wait for the disk
 APPLY_BATCH_KEYS_MAX = 16_384  # in one transaction of the state; a larger one only costs memory
 SYNC_INTERVAL_MS = 250  # accepted work that nobody waits for is fsynced this often

@@ -36,6 +36,7 @@ from aspenfs.kv.types import Event
 from aspenfs.runtime.control import ControlServer
 from aspenfs.runtime.disk import RealDisk
 from aspenfs.runtime.host import NodeStore
+from aspenfs.runtime.reserve import Reserve
 from aspenfs.runtime.system import SystemClock, SystemEntropy
 from aspenfs.vfs.filesystem import FileSystem
 from aspenfs.vfs.tree import Usage
@@ -67,13 +68,14 @@ class Node:
             disk=disk,
             pre_sync=[self._sync_blobs],
             verify_entry=self._names_only_blobs_that_are_there,
+            reserve=Reserve(directory.path),
         )
         if self.store.identity.name != options.name:
             raise errors.InvalidArgument(
                 f"{directory.path} holds the cluster {self.store.identity.name!r}, not {options.name!r}: "
                 "mount it by its name, or name another state directory with -o state_dir="
             )
-        self.volume = Volume(self.store, self.blobs, clock)
+        self.volume = Volume(self.store, _Admitted(self.blobs, self.store), clock)
         self.volume.breathe = trio.lowlevel.checkpoint
         resources = Resources(
             store=self.store,
@@ -191,6 +193,21 @@ class Node:
             async for number in received:
                 log.info("stopping signal=%s", signal.Signals(number).name)
                 self.stop.set()
+
+
+class _Admitted:
+    """The blobs as the file system has them: none is added while the store refuses writers, because the
+    space that is left then is for deleting."""
+
+    def __init__(self, blobs: BlobStore, store: NodeStore) -> None:
+        self._put, self._store = blobs.put, store
+        self.get, self.has, self.delete = blobs.get, blobs.has, blobs.delete
+
+    def put(self, data: bytes) -> bytes:
+        refusal = self._store.refusal
+        if refusal is not None:
+            raise refusal.with_traceback(None)
+        return self._put(data)
 
 
 def main() -> int:

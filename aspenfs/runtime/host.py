@@ -36,6 +36,7 @@ from aspenfs.runtime.applier import Applier
 from aspenfs.runtime.disk import RealDisk
 from aspenfs.runtime.identity import Identity
 from aspenfs.runtime.recovery import VerifyEntry
+from aspenfs.runtime.reserve import Reserve
 from aspenfs.runtime.statedb import MAP_BYTES, Snapshot, StateDb, Summary
 from aspenfs.runtime.store_status import WAL_DIRECTORY
 from aspenfs.runtime.syncer import Hook, Syncer
@@ -57,9 +58,9 @@ class NodeStore:
     """A durable `kv.store.Store`. Made by `open`; durable in the background while `run` runs."""
 
     def __init__(self, node: Identity, wal: Wal, state: StateDb, clock: Clock, entropy: Entropy,
-                 pre_sync: Sequence[Hook], disk: Disk) -> None:
+                 pre_sync: Sequence[Hook], disk: Disk, reserve: Reserve | None) -> None:
         self.identity = node
-        self._wal, self._state, self._disk = wal, state, disk
+        self._wal, self._state, self._disk, self._reserve = wal, state, disk, reserve
         self.engine = engine = Engine(state, clock, entropy, trio.Event, index=state.applied_index,
                                       observer_failed=_log_observer)
         self._overlay = engine.overlay
@@ -69,7 +70,8 @@ class NodeStore:
         self._failure: AspenError | None = None
         self._failed = trio.Event()
         self._room = trio.Event()  # replaced after each use
-        self._stall: NoSpace | None = None
+        self._stall: NoSpace | None = None  # why nothing is applied
+        self._refusal: NoSpace | None = None  # what writers get until the reserve is back
         self._unsynced_bytes = 0  # in the log since a sync was last asked for on their account
         self._to_settle: deque[int] = deque()
         self.get = engine.get
@@ -81,12 +83,13 @@ class NodeStore:
     def open(cls, state_directory: str | Path, clock: Clock, entropy: Entropy, *, name: str = "aspen",
              disk: Disk | None = None, pre_sync: Sequence[Hook] = (), verify_entry: VerifyEntry | None = None,
              segment_bytes: int = WAL_SEGMENT_BYTES, map_bytes: int = MAP_BYTES, background: bool = True,
-             free_bytes: Callable[[], int] | None = None) -> "NodeStore":
+             free_bytes: Callable[[], int] | None = None, reserve: Reserve | None = None) -> "NodeStore":
         """The store in `state_directory`, recovered; a new cluster `name` if there is none yet.
 
         Blocks. `pre_sync` runs in the sync thread before each sync of the log: what log entries name
         must be durable before they are. `verify_entry` tells whether what an entry names is here.
-        `disk` holds the log (default: the directory itself), `free_bytes` limits the state.
+        `disk` holds the log (default: the directory itself), `free_bytes` limits the state,
+        `reserve` is used up when that finds no room.
         Corrupt, NoSpace, SyncFailed; the caller holds the lock on the directory.
         """
         directory = Path(state_directory)
@@ -97,7 +100,7 @@ class NodeStore:
         try:
             state = StateDb(directory / STATE_DIRECTORY, map_bytes=map_bytes, free_bytes=free_bytes)
             try:
-                store = cls(node, wal, state, clock, entropy, pre_sync, log)
+                store = cls(node, wal, state, clock, entropy, pre_sync, log, reserve)
                 replayed = recovery.replay(wal, WAL_DIRECTORY, state, store.engine, store._applier,
                                            store._syncer, verify_entry)  # fmt: skip
             except BaseException:
@@ -106,6 +109,7 @@ class NodeStore:
         except BaseException:
             wal.close()
             raise
+        store._take_reserve()
         logger.info("store opened cluster=%s revision=%d replayed=%d", node.name, store.revision, replayed)
         return store
 
@@ -148,6 +152,7 @@ class NodeStore:
             if engine.revision > engine.committed_revision:
                 self._syncer.request()
             self._applier.request(engine.committed_revision)
+            self._take_reserve()
             if self._state.durable_index < self._state.applied_index == engine.committed_revision:
                 self._applier.request_sync()  # nothing comes that would do it
             try:
@@ -248,7 +253,27 @@ class NodeStore:
         if self._stall is None:
             logger.warning("revision=%d the state does not grow: %s", self.engine.revision, reason)
         self._stall = reason
+        self._give_up_reserve(reason)
         self._room.set()  # who waits for room is told
+
+    def _give_up_reserve(self, reason: NoSpace) -> None:
+        """What is to be deleted gets the last of the space; what writes is refused from now on."""
+        if self._reserve is not None:
+            given_up = self._reserve.give_up()
+            if given_up:
+                logger.warning("revision=%d reserve given up bytes=%d", self.engine.revision, given_up)
+            self._refusal = reason
+
+    def _take_reserve(self) -> None:
+        reserve = self._reserve
+        if reserve is None or self._stall is not None or (reserve.whole and self._refusal is None):
+            return
+        if reserve.take():
+            if self._refusal is not None:
+                logger.info("revision=%d there is space again", self.engine.revision)
+            self._refusal = None
+        elif self._refusal is None:
+            self._refusal = NoSpace("the disk of the state directory is full")
 
     def _batch_applied(self, steps: list[int]) -> None:
         if self._failure is not None:
@@ -293,7 +318,8 @@ class NodeStore:
                   else_: Sequence[Operation] = (), *, dedup: Dedup | None = None,
                   origin: object = None) -> TxnResult:
         engine = self.engine
-        if self._overlay.bytes > OVERLAY_BYTES_MAX or self._wal.short_of_space or self._failure is not None:
+        if (self._overlay.bytes > OVERLAY_BYTES_MAX or self._wal.short_of_space or self._failure is not None
+                or self._refusal is not None):  # fmt: skip
             await self._admitted(then)
         command, encoded = engine.txn_command(compares, then, else_, dedup)
         index, outcome = engine.prepare(command)
@@ -336,6 +362,8 @@ class NodeStore:
                 self._flush_log()
             if self._wal.short_of_space and not freeing:
                 raise NoSpace("no space for the log: free some on the file system of the state directory")
+            if self._refusal is not None and not freeing:
+                raise self._refusal.with_traceback(None)
             held = self._overlay.bytes
             if held <= OVERLAY_BYTES_MAX:
                 return
@@ -430,7 +458,13 @@ class NodeStore:
     def _condition(self) -> str:
         if self._failure is not None:
             return "failed"
-        return "full" if self._stall is not None or self._wal.short_of_space else "ok"
+        full = self._stall is not None or self._refusal is not None or self._wal.short_of_space
+        return "full" if full else "ok"
+
+    @property
+    def refusal(self) -> NoSpace | None:
+        """Why nothing may be written now, beside the log neither; None if it may."""
+        return self._refusal
 
 
 def _log_observer(error: Exception) -> None:

@@ -38,6 +38,7 @@ def replay(wal: Wal, directory: str, state: StateDb, engine: Engine, applier: Ap
     if not wal.first_index - 1 <= applied <= wal.last_index:
         cause = f"it has entries {wal.first_index} to {wal.last_index}, the state ends with entry {applied}"
         raise Corrupt(directory, 0, cause, _ADVICE)
+    apply_at = _APPLY_AT_BYTES
     for frame in wal.replay(applied + 1):
         command = _decoded(frame)
         if verify is not None and not verify(command):
@@ -48,9 +49,11 @@ def replay(wal: Wal, directory: str, state: StateDb, engine: Engine, applier: Ap
         index, outcome = engine.submit(command)
         assert index == frame.index
         applier.add(index, outcome.effects)
-        if engine.overlay.bytes > _APPLY_AT_BYTES:
+        if engine.overlay.bytes > apply_at:
             syncer.run_hooks()
             _apply(state, engine, applier, index)
+            # With a full disk all of it is still there, and trying costs as much each time.
+            apply_at = engine.overlay.bytes + _APPLY_AT_BYTES
     if engine.revision < wal.last_index:
         wal.truncate_after(engine.revision)
     # After the death of a process, what entries name may be in the page cache only, as they were.
