@@ -7,7 +7,7 @@ Offline the log is verified by recovering from it, as the next mount would. Onli
 that appends to it has verified it when it started.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import trio
@@ -23,6 +23,7 @@ from aspenfs.runtime.disk import RealDisk
 from aspenfs.runtime.host import NodeStore
 from aspenfs.runtime.system import SystemClock, SystemEntropy
 
+BLOBS_A_TURN = 100  # looked for by the online check between two turns of others
 PASSES_MAX = 8  # a repair may uncover what it hid; each pass mends what the last one left
 
 
@@ -64,15 +65,20 @@ def check_offline(
             blobs.close()
             yield Finding("log", "", str(error))
             return
+        unnamed: list[bytes] = []
         try:
-            yield from _verify_opened(store, blobs, repair, done)
+            yield from _verify_opened(store, blobs, repair, done, unnamed)
         finally:
-            store.close()
-            blobs.close()
+            try:
+                store.close()
+                # Only now no start evaluates an entry again that may have named them.
+                blobs.delete(unnamed)
+            finally:
+                blobs.close()
 
 
 def _verify_opened(
-    store: NodeStore, blobs: BlobStore, repair: bool, done: Callable[[Totals], None]
+    store: NodeStore, blobs: BlobStore, repair: bool, done: Callable[[Totals], None], unnamed: list[bytes]
 ) -> Iterator[Finding]:
     try:
         keys = store.verify().keys
@@ -99,8 +105,8 @@ def _verify_opened(
     yield from map(_unmended, problems)
     if repair:
         # A crash between storing a chunk and naming it leaves bytes that nothing will ever delete.
-        blobs.delete(list(unnamed_blobs(store, _digests(blobs))))
-    done(Totals(keys, len(check.nodes), chunks))
+        unnamed += unnamed_blobs(store, _digests(blobs))
+    done(Totals(keys, check.inodes, chunks))
 
 
 async def _mend(store: NodeStore, mends: list[Any]) -> None:
@@ -123,21 +129,32 @@ class OnlineCheck:
 
     def __init__(self, store: NodeStore, blobs: BlobStore) -> None:
         self.store, self.blobs = store, blobs
+        self._running = False
 
     async def handle(self, call: Call) -> dict[str, int]:
-        """Sends each finding as an item [part, where, text, mendable]; the totals are the result."""
+        """Sends each finding as an item [part, where, text, mendable]; the totals are the result. Busy."""
+        if self._running:
+            raise errors.Busy("a check is under way; wait for its end")
+        self._running = True
+        try:
+            return await self._check(call)
+        finally:
+            self._running = False
+
+    async def _check(self, call: Call) -> dict[str, int]:
         try:
             keys = (await trio.to_thread.run_sync(self.store.verify)).keys
         except errors.Corrupt as error:
             await call.item(["state", error.file, str(error), False])
             return {"keys": 0, "inodes": 0, "chunks": 0}
-        problems, missing, inodes = await trio.to_thread.run_sync(self._walk)
+        problems, named, inodes = await trio.to_thread.run_sync(self._walk)
         for problem in problems:
             await call.item(list(_unmended(problem)[:4]))
-        for digest in missing:
-            # The snapshot is older than the index of blobs: what nobody names any more may be gone.
-            if self.store.get(BLOB_PREFIX + digest) is not None and not self.blobs.has(digest):
+        for count, digest in enumerate(named):
+            if not self.blobs.has(digest) and self._is_named(digest):
                 await call.item(["files", digest.hex(), "bytes are lost: there is no such blob", False])
+            if not count % BLOBS_A_TURN:
+                await trio.lowlevel.checkpoint()
         chunks = 0
         for found, damage in self.blobs.verify():
             chunks += 1
@@ -146,9 +163,14 @@ class OnlineCheck:
             await trio.lowlevel.checkpoint()
         return {"keys": keys, "inodes": inodes, "chunks": chunks}
 
-    def _walk(self) -> tuple[list[Problem], list[bytes], int]:
-        """In a thread. Whether a blob is there is asked afterwards, in the loop that owns the blobs."""
+    def _is_named(self, digest: bytes) -> bool:
+        """Still: the snapshot is older than the index of blobs, and what nobody names may be gone."""
+        row = self.store.get(BLOB_PREFIX + digest)
+        return row is not None and any(row.value[:8])
+
+    def _walk(self) -> tuple[list[Problem], Iterable[bytes], int]:
+        """In a thread. Whether a blob is there is asked afterwards, in the loop, which owns the blobs."""
         with self.store.snapshot() as snapshot:
             check = Check(snapshot, None)
             problems = list(check.problems())
-            return problems, [d for d in check.named if not self.blobs.has(d)], len(check.nodes)
+            return problems, check.references, check.inodes

@@ -1,19 +1,26 @@
 """What must hold in files/, verified row by row (docs/design/files.md, Invariants), and how to mend it.
 
-A walk over one State or Store: the result is a list of problems, each with the operations that mend it,
-if that is possible without guessing. Nothing is changed here. Needs memory for every inode (some 300
-bytes each), so it is for `aspen check`, not for the request path.
+A walk over one State or Store that stands still: the result is a list of problems, each with the
+operations that mend it, if that is possible without guessing. Nothing is changed here. A serving daemon
+runs it too, so it keeps 40 bytes for an inode and some 200 for a blob, in arrays, which the garbage
+collector does not walk; rows are read again rather than held.
 """
 
 import stat
+import struct
+from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from aspenfs.filesystem import layout
-from aspenfs.filesystem.layout import dirent_key, inode_key, number, orphan_key
+from aspenfs.filesystem.layout import Extent, Inode, dirent_key, inode_key, number, orphan_key
 from aspenfs.kv.types import Operation, Record, add, delete, merge, patch, prefix_end, put
 
 LOST_AND_FOUND = b"lost+found"
+DIRECTORY: Final = stat.S_IFDIR >> 12
+NAMES_KEPT: Final = 16  # directories whose names are kept for paths
+UNKNOWN, ROOTED, UNROOTED, DETACHED = range(4)  # what is known of where an inode's chain of parents ends
 
 
 class Scannable(Protocol):
@@ -31,15 +38,28 @@ class Problem(NamedTuple):
     mend: list[Operation] | None
 
 
-class _Node:
-    """What the walk has seen of one inode."""
+class _Nodes:
+    """What the walk has seen of each inode: a column a property, a row an inode, in order of their ids."""
 
-    __slots__ = ("directories", "entries", "extents", "inode", "name", "names", "parent")
+    def __init__(self) -> None:
+        self.ids = array("Q")
+        self.kinds = bytearray()  # type bits of the mode, shifted right by 12
+        self.names = array("I")  # entries that name it
+        self.parents = array("Q")  # the directory of the last of them
+        self.entries = array("I")  # of a directory, and how many of them are directories
+        self.directories = array("I")
+        self.bytes = array("Q")  # in extents
 
-    def __init__(self, inode: layout.Inode) -> None:
-        self.inode = inode
-        self.names = self.entries = self.directories = self.extents = 0
-        self.parent, self.name = 0, b""
+    def add(self, identifier: int, kind: int) -> None:
+        self.ids.append(identifier)
+        self.kinds.append(kind)
+        for column in (self.names, self.parents, self.entries, self.directories, self.bytes):
+            column.append(0)
+
+    def find(self, identifier: int) -> int:
+        """The row, -1 if there is none."""
+        at = bisect_left(self.ids, identifier)
+        return at if at < len(self.ids) and self.ids[at] == identifier else -1
 
 
 class Check:
@@ -47,20 +67,24 @@ class Check:
 
     def __init__(self, state: Scannable, has_blob: Callable[[bytes], bool] | None) -> None:
         self.state, self.has_blob = state, has_blob
-        self.nodes: dict[int, _Node] = {}
-        self.references: dict[bytes, int] = {}
-        self.named: set[bytes] = set()  # digests that extents name
+        self.nodes = _Nodes()
+        self.references: dict[bytes, int] = {}  # digest -> extents that name it
         self.adopted = 0
+        self._names: dict[int, dict[int, bytes]] = {}
+
+    @property
+    def inodes(self) -> int:
+        return len(self.nodes.ids)
 
     def problems(self) -> Iterator[Problem]:
         for key, record in self._rows(layout.INODE_PREFIX):
             if len(record.value) < layout.INODE.size or record.value[80] != layout.FORMAT:
                 yield Problem(repr(key), "not an inode of a known format", None)
                 continue
-            self.nodes[int.from_bytes(key[3:11], "big")] = _Node(layout.unpack_inode(record.value))
-        if not self.nodes and not any(True for _ in self._rows(layout.DIRENT_PREFIX)):
+            self.nodes.add(int.from_bytes(key[3:11], "big"), layout.unpack_inode(record.value).mode >> 12)
+        if not self.inodes and not any(True for _ in self._rows(layout.DIRENT_PREFIX)):
             return  # a store without a file system
-        if layout.ROOT not in self.nodes:
+        if self.nodes.find(layout.ROOT) < 0:
             yield Problem("/", "the root directory is missing", None)
             return
         yield from self._entries()
@@ -74,54 +98,81 @@ class Check:
     def _rows(self, prefix: bytes) -> Iterator[tuple[bytes, Record]]:
         return self.state.scan(prefix, prefix_end(prefix))
 
+    def _inode(self, identifier: int) -> Inode:
+        record = self.state.get(inode_key(identifier))
+        assert record is not None, "the state stands still"
+        return layout.unpack_inode(record.value)
+
+    # --- names ---
+
     def _entries(self) -> Iterator[Problem]:
+        nodes = self.nodes
+        parent, above = 0, -1
         for key, record in self._rows(layout.DIRENT_PREFIX):
-            parent, name = int.from_bytes(key[3:11], "big"), key[11:]
+            identifier = int.from_bytes(key[3:11], "big")
+            if identifier != parent:
+                parent, above = identifier, nodes.find(identifier)
+            if above < 0 or nodes.kinds[above] != DIRECTORY:
+                text = f"entry in inode {parent}, which is not a directory"
+                yield Problem(self._entry(key), text, [delete(key)])
+                continue
+            if len(record.value) != layout.DIRENT.size:
+                yield Problem(self._entry(key), "not an entry of a known format", None)
+                continue
             child, kind = layout.DIRENT.unpack(record.value)
-            above, below = self.nodes.get(parent), self.nodes.get(child)
-            where = f"{self.path(parent)}/{_text(name)}"
-            if above is None or not stat.S_ISDIR(above.inode.mode):
-                yield Problem(where, f"entry in inode {parent}, which is not a directory", [delete(key)])
+            below = nodes.find(child)
+            if below < 0:
+                yield Problem(self._entry(key), f"names inode {child}, which is not there", [delete(key)])
                 continue
-            if below is None:
-                yield Problem(where, f"names inode {child}, which is not there", [delete(key)])
-                continue
-            above.entries += 1
-            if below.inode.mode >> 12 != kind:
-                right = layout.DIRENT.pack(child, below.inode.mode >> 12)
-                yield Problem(where, "the entry's type is not the inode's", [put(key, right)])
-            below.names += 1
-            if stat.S_ISDIR(below.inode.mode):
-                above.directories += 1
-                if below.names > 1:
-                    yield Problem(where, "a directory with a second name", None)
-                elif below.inode.parent != parent:
-                    mend = [merge(inode_key(child), patch(layout.PARENT, number(parent)[::-1]))]
-                    yield Problem(where, f"its parent is recorded as {below.inode.parent}", mend)
-            below.parent, below.name = parent, name
+            nodes.entries[above] += 1
+            nodes.names[below] += 1
+            nodes.parents[below] = parent
+            right = nodes.kinds[below]
+            if right != kind:
+                mend = [put(key, layout.DIRENT.pack(child, right))]
+                yield Problem(self._entry(key), "the entry's type is not the inode's", mend)
+            if right == DIRECTORY:
+                nodes.directories[above] += 1
+                yield from self._directory(key, parent, child, below)
+
+    def _directory(self, key: bytes, parent: int, child: int, below: int) -> Iterator[Problem]:
+        if self.nodes.names[below] > 1:
+            yield Problem(self._entry(key), "a directory with a second name", None)
+            return
+        recorded = self._inode(child).parent
+        if recorded != parent:
+            mend = [merge(inode_key(child), patch(layout.PARENT, number(parent)[::-1]))]
+            yield Problem(self._entry(key), f"its parent is recorded as {recorded}", mend)
 
     def _reachable(self) -> Iterator[Problem]:
         """Every inode has a name, every chain of parents ends at the root."""
+        nodes = self.nodes
         orphans = {int.from_bytes(key[3:11], "big") for key, _ in self._rows(layout.ORPHAN_PREFIX)}
-        for gone in sorted(orphans - self.nodes.keys()):
+        for gone in sorted(orphan for orphan in orphans if nodes.find(orphan) < 0):
             yield Problem(f"orphan {gone}", "its inode is not there", [delete(orphan_key(gone))])
-        rooted = {layout.ROOT}
-        for identifier, node in self.nodes.items():
+        ends = bytearray(self.inodes)
+        ends[nodes.find(layout.ROOT)] = ROOTED
+        for row, identifier in enumerate(nodes.ids):
             if identifier == layout.ROOT or identifier in orphans:
                 continue
-            if not node.names:
-                yield Problem(f"inode {identifier}", "has no name", self._adopt(identifier, node))
-                continue
-            chain, at = [], identifier
-            while at not in rooted and at not in chain and at in self.nodes and self.nodes[at].names:
-                chain.append(at)
-                at = self.nodes[at].parent
-            if at in chain:
+            if not nodes.names[row]:
+                yield Problem(f"inode {identifier}", "has no name", self._adopt(identifier, nodes.kinds[row]))
+            elif self._end(row, ends) == UNROOTED:
                 yield Problem(f"inode {identifier}", "is in a loop of directories", None)
-            elif at in rooted:
-                rooted.update(chain)
 
-    def _adopt(self, identifier: int, node: _Node) -> list[Operation]:
+    def _end(self, row: int, ends: bytearray) -> int:
+        """Where the chain of parents of a row ends; noted for all on the way, so no way is gone twice."""
+        nodes, chain = self.nodes, []
+        while row >= 0 and ends[row] == UNKNOWN and nodes.names[row]:
+            ends[row] = UNROOTED  # unless the way ends elsewhere than on itself
+            chain.append(row)
+            row = nodes.find(nodes.parents[row])
+        end = DETACHED if row < 0 or ends[row] == UNKNOWN else ends[row]
+        for at in chain:
+            ends[at] = end
+        return end
+
+    def _adopt(self, identifier: int, kind: int) -> list[Operation]:
         """A name in /lost+found, which is made at need."""
         record = self.state.get(dirent_key(layout.ROOT, LOST_AND_FOUND))
         operations: list[Operation] = []
@@ -132,15 +183,14 @@ class Check:
             if not self.adopted:
                 fields = (2, 0, 0, 0, 0, 0, 0, 0o40700, 0, 0, 0, layout.ROOT, layout.FORMAT, 0)
                 operations += [
-                    put(dirent_key(layout.ROOT, LOST_AND_FOUND), layout.DIRENT.pack(home, 4)),
+                    put(dirent_key(layout.ROOT, LOST_AND_FOUND), layout.DIRENT.pack(home, DIRECTORY)),
                     put(inode_key(home), layout.INODE.pack(*fields)),
                     merge(inode_key(layout.ROOT), add(layout.ENTRIES, 1), add(layout.NLINK, 1)),
                     merge(layout.USAGE_KEY, add(0, 1)),
                 ]
         self.adopted += 1
-        kind = node.inode.mode >> 12
         edits = [add(layout.ENTRIES, 1)]
-        if kind == 4:
+        if kind == DIRECTORY:
             edits.append(add(layout.NLINK, 1))
             operations.append(merge(inode_key(identifier), patch(layout.PARENT, number(home)[::-1])))
         else:
@@ -152,81 +202,97 @@ class Check:
             merge(inode_key(home), *edits),
         ]
 
+    # --- bytes ---
+
     def _extents(self) -> Iterator[Problem]:
-        last, end = 0, 0
+        nodes = self.nodes
+        last, row, end, size = 0, -1, 0, 0
         for key, record in self._rows(layout.EXTENT_PREFIX):
             identifier = int.from_bytes(key[3:11], "big")
             if identifier != last:
-                last, end = identifier, 0
-            extent = layout.unpack_extent(key, record.value)
-            node = self.nodes.get(identifier)
-            if node is None:
+                last, row, end = identifier, nodes.find(identifier), 0
+                size = self._inode(identifier).size if row >= 0 else 0
+            if row < 0:
                 yield Problem(f"inode {identifier}", "bytes of an inode that is not there", [delete(key)])
                 continue
-            where = self.path(identifier)
+            try:
+                extent = layout.unpack_extent(key, record.value)
+            except (struct.error, IndexError):
+                yield Problem(self.path(identifier), f"not an extent of a known format: {key.hex()}", None)
+                continue
             if extent.offset < end:
-                yield Problem(where, f"extents overlap at {extent.offset}", None)
+                yield Problem(self.path(identifier), f"extents overlap at {extent.offset}", None)
             end = extent.offset + extent.length
-            if end > node.inode.size:
-                text = f"extent {extent.offset}+{extent.length} beyond size {node.inode.size}"
+            if end > size:
+                text = f"extent {extent.offset}+{extent.length} beyond size {size}"
                 mend = [merge(inode_key(identifier), patch(layout.SIZE, layout.I64(end)))]
-                yield Problem(where, text, mend)
-            node.extents += extent.length
+                yield Problem(self.path(identifier), text, mend)
+            nodes.bytes[row] += extent.length
             if extent.data is None:
-                self.references[extent.digest] = self.references.get(extent.digest, 0) + 1
-                self.named.add(extent.digest)
-                if self.has_blob is not None and not self.has_blob(extent.digest):
-                    text = f"bytes {extent.offset}+{extent.length} are lost: no blob {extent.digest.hex()}"
-                    yield Problem(where, text, None)
+                yield from self._named(identifier, extent)
+
+    def _named(self, identifier: int, extent: Extent) -> Iterator[Problem]:
+        digest = extent.digest
+        self.references[digest] = self.references.get(digest, 0) + 1
+        if self.has_blob is not None and not self.has_blob(digest):
+            text = f"bytes {extent.offset}+{extent.length} are lost: no blob {digest.hex()}"
+            yield Problem(self.path(identifier), text, None)
 
     def _counts(self) -> Iterator[Problem]:
-        for identifier, node in self.nodes.items():
-            inode = node.inode
-            if stat.S_ISDIR(inode.mode):
-                yield from self._count(identifier, "nlink", inode.nlink, 2 + node.directories, layout.NLINK)
-                yield from self._count(identifier, "entries", inode.entries, node.entries, layout.ENTRIES)
-            elif node.names or inode.nlink:
-                yield from self._count(identifier, "nlink", inode.nlink, node.names, layout.NLINK)
-            yield from self._count(identifier, "allocated", inode.allocated, node.extents, layout.ALLOCATED)
-
-    def _count(self, identifier: int, what: str, found: int, right: int, field: int) -> Iterator[Problem]:
-        # An inode without a name gets its counts with its new name.
-        if found != right and (identifier == layout.ROOT or self.nodes[identifier].names):
-            mend = [merge(inode_key(identifier), patch(field, layout.I64(right)))]
-            yield Problem(self.path(identifier), f"{what} is {found}, should be {right}", mend)
+        nodes = self.nodes
+        for key, record in self._rows(layout.INODE_PREFIX):
+            identifier = int.from_bytes(key[3:11], "big")
+            row = nodes.find(identifier)
+            # An inode without a name gets its counts with its new name.
+            if row < 0 or (identifier != layout.ROOT and not nodes.names[row]):
+                continue
+            inode = layout.unpack_inode(record.value)
+            counts = [("allocated", inode.allocated, nodes.bytes[row], layout.ALLOCATED)]
+            if nodes.kinds[row] == DIRECTORY:
+                counts.append(("nlink", inode.nlink, 2 + nodes.directories[row], layout.NLINK))
+                counts.append(("entries", inode.entries, nodes.entries[row], layout.ENTRIES))
+            else:
+                counts.append(("nlink", inode.nlink, nodes.names[row], layout.NLINK))
+            for what, found, right, field in counts:
+                if found != right:
+                    mend = [merge(key, patch(field, layout.I64(right)))]
+                    yield Problem(self.path(identifier), f"{what} is {found}, should be {right}", mend)
 
     def _attributes(self) -> Iterator[Problem]:
+        last, flags = 0, 0
         for key, _ in self._rows(layout.XATTR_PREFIX):
             identifier = int.from_bytes(key[3:11], "big")
-            node = self.nodes.get(identifier)
-            if node is None:
+            if self.nodes.find(identifier) < 0:
                 yield Problem(f"inode {identifier}", "attribute of an inode that is not there", [delete(key)])
-            elif not node.inode.flags & layout.HAS_XATTRS:
-                flags = bytes([node.inode.flags | layout.HAS_XATTRS])
-                mend = [merge(inode_key(identifier), patch(layout.FLAGS, flags))]
+                continue
+            if identifier != last:
+                last, flags = identifier, self._inode(identifier).flags
+            if not flags & layout.HAS_XATTRS:
+                mend = [merge(inode_key(identifier), patch(layout.FLAGS, bytes([flags | layout.HAS_XATTRS])))]
                 yield Problem(self.path(identifier), "has hidden extended attributes", mend)
 
     def _blobs(self) -> Iterator[Problem]:
+        counted = 0
         for key, record in self._rows(layout.BLOB_PREFIX):
             found = int.from_bytes(record.value[:8], "little", signed=True)
-            right = self.references.pop(key[3:], 0)
+            right = self.references.get(key[3:], 0)
+            counted += right > 0
             if found != right:
-                yield Problem(
-                    f"blob {key[3:].hex()}", f"counted {found} times, named {right} times", [_set(key, right)]
-                )
+                text = f"counted {found} times, named {right} times"
+                yield Problem(f"blob {key[3:].hex()}", text, [_set(key, right)])
+        if counted == len(self.references):
+            return
         for digest, right in self.references.items():
-            yield Problem(
-                f"blob {digest.hex()}",
-                f"not counted, named {right} times",
-                [_set(layout.BLOB_PREFIX + digest, right)],
-            )
+            key = layout.BLOB_PREFIX + digest
+            if self.state.get(key) is None:
+                yield Problem(f"blob {digest.hex()}", f"not counted, named {right} times", [_set(key, right)])
 
     def _totals(self) -> Iterator[Problem]:
         usage = self._number(layout.USAGE_KEY)
-        if usage != len(self.nodes):
-            mend = [_set(layout.USAGE_KEY, len(self.nodes) + (1 if self.adopted else 0))]
-            yield Problem("usage", f"{usage} inodes counted, {len(self.nodes)} are there", mend)
-        greatest, counter = max(self.nodes), self._number(layout.COUNTER_KEY)
+        if usage != self.inodes:
+            mend = [_set(layout.USAGE_KEY, self.inodes + (1 if self.adopted else 0))]
+            yield Problem("usage", f"{usage} inodes counted, {self.inodes} are there", mend)
+        greatest, counter = self.nodes.ids[-1], self._number(layout.COUNTER_KEY)
         if greatest > counter:
             yield Problem(
                 "counter",
@@ -238,17 +304,39 @@ class Check:
         record = self.state.get(key)
         return 0 if record is None else int.from_bytes(record.value[:8], "little", signed=True)
 
+    # --- words for people ---
+
     def path(self, identifier: int) -> str:
-        """A path for people, as far as parents are known."""
+        """A path, as far as parents are known."""
         parts: list[str] = []
         while identifier != layout.ROOT and len(parts) < 4096:
-            node = self.nodes.get(identifier)
-            if node is None or not node.parent:
+            parent = self._parent(identifier)
+            name = self._children(parent).get(identifier) if parent else None
+            if name is None:
                 parts.append(f"<inode {identifier}>")
                 break
-            parts.append(_text(node.name))
-            identifier = node.parent
+            parts.append(_text(name))
+            identifier = parent
         return "/" + "/".join(reversed(parts))
+
+    def _entry(self, key: bytes) -> str:
+        return f"{self.path(int.from_bytes(key[3:11], 'big')).rstrip('/')}/{_text(key[11:])}"
+
+    def _parent(self, identifier: int) -> int:
+        row = self.nodes.find(identifier)
+        if row < 0:
+            return 0
+        return self.nodes.parents[row] or self._inode(identifier).parent
+
+    def _children(self, parent: int) -> dict[int, bytes]:
+        names = self._names.get(parent)
+        if names is None:
+            if len(self._names) == NAMES_KEPT:
+                del self._names[next(iter(self._names))]
+            names = self._names[parent] = {}
+            for key, record in self._rows(layout.DIRENT_PREFIX + number(parent)):
+                names[int.from_bytes(record.value[:8], "little")] = key[11:]
+        return names
 
 
 def unnamed_blobs(state: Scannable, digests: Iterable[bytes]) -> Iterator[bytes]:

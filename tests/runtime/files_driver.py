@@ -163,7 +163,7 @@ class Stack:
         """Every invariant holds, and every blob that an extent names is read and verified."""
         check = Check(self.store, self.blobs.has)
         assert list(check.problems()) == []
-        for digest in check.named:
+        for digest in check.references:
             assert self.blobs.get(digest)
 
 

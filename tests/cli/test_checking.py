@@ -1,0 +1,123 @@
+"""The check beside a serving daemon: what it asks in which thread, and what it finds."""
+
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from aspenfs import errors
+from aspenfs.blobs.store import BlobStore
+from aspenfs.cli.checking import OnlineCheck
+from aspenfs.filesystem import layout
+from aspenfs.kv.types import add, delete, merge
+from aspenfs.runtime.control_command import Call
+from tests.filesystem.volumes import CALLER
+from tests.runtime.test_blob_garbage import Node
+
+
+class Asked(BlobStore):
+    """Notes the threads in which it is asked."""
+
+    threads: set[int]
+
+    def has(self, digest: bytes) -> bool:
+        self.threads.add(threading.get_ident())
+        return super().has(digest)
+
+
+def on_a_node(place: Path, test: Callable[[Node, OnlineCheck, list[Any], Call], Awaitable[None]]) -> None:
+    async def main() -> None:
+        node = Node(place)
+        try:
+            node.blobs.__class__ = Asked
+            node.blobs.threads = set()  # type: ignore[attr-defined]
+            await node.volume.format()
+            _, handle = await node.tree.create(1, b"f", 0o644, 2, CALLER)
+            await handle.write(0, bytes(20_000))
+            await handle.release()
+            items: list[Any] = []
+
+            async def send(item: Any) -> None:
+                items.append(item)
+
+            call = Call({}, b"", 0, send, lambda: None)
+            await test(node, OnlineCheck(node.store, node.blobs), items, call)
+        finally:
+            node.close()
+
+    trio.run(main)
+
+
+async def applied(node: Node) -> None:
+    await node.store.committed()
+    node.store.apply()
+
+
+def test_the_blobs_are_asked_in_the_loop_that_owns_them(tmp_path: Path) -> None:
+    async def test(node: Node, check: OnlineCheck, items: list[Any], call: Call) -> None:
+        await applied(node)
+        assert (await check.handle(call))["inodes"] == 2
+        assert items == []
+        assert node.blobs.threads == {threading.get_ident()}  # type: ignore[attr-defined]
+
+    on_a_node(tmp_path, test)
+
+
+def test_bytes_that_are_lost_are_found_and_those_that_nobody_names_any_more_are_not(tmp_path: Path) -> None:
+    async def test(node: Node, check: OnlineCheck, items: list[Any], call: Call) -> None:
+        await applied(node)
+        ((key, _),) = node.store.scan(layout.BLOB_PREFIX, b"f/c")
+        node.blobs.delete([key[3:]])
+        await check.handle(call)
+        assert [item[:2] for item in items] == [["files", key[3:].hex()]]
+        items.clear()
+        await node.volume.txn([], [merge(key, add(0, -1))])  # newer than the snapshot
+        await check.handle(call)
+        assert items == []
+        await node.volume.txn([], [delete(key)])
+        await check.handle(call)
+        assert items == []
+
+    on_a_node(tmp_path, test)
+
+
+def test_one_check_at_a_time(tmp_path: Path) -> None:
+    async def test(node: Node, check: OnlineCheck, items: list[Any], call: Call) -> None:
+        outcomes: list[str] = []
+
+        async def one() -> None:
+            try:
+                await check.handle(call)
+                outcomes.append("done")
+            except errors.Busy:
+                outcomes.append("busy")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one)
+            nursery.start_soon(one)
+        assert sorted(outcomes) == ["busy", "done"]
+        await check.handle(call)
+
+    on_a_node(tmp_path, test)
+
+
+@pytest.mark.parametrize("depth", [3000])
+def test_a_deep_chain_made_from_the_bottom_up_is_walked_once(tmp_path: Path, depth: int) -> None:
+    """Ids that fall on the way to the root: each inode's way is as long as can be."""
+
+    async def test(node: Node, check: OnlineCheck, items: list[Any], call: Call) -> None:
+        tree = node.tree
+        below = 0
+        for index in range(depth):
+            above = (await tree.mkdir(1, b"d%d" % index, 0o755, CALLER)).node
+            if below:
+                await tree.rename(1, b"d%d" % (index - 1), above, b"in", 0)
+            below = above
+        await applied(node)
+        assert (await check.handle(call))["inodes"] == depth + 2
+        assert items == []
+
+    on_a_node(tmp_path, test)
