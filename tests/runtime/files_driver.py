@@ -95,8 +95,9 @@ class Stack:
         await file.release()
 
     async def _do_append(self, path: str, seed: int, size: int) -> None:
-        file = await self.tree.open(await self._node(path), O_RDWR | O_APPEND, CALLER)
-        await file.write(0, pattern(seed, size))
+        node = await self._node(path)
+        file = await self.tree.open(node, O_RDWR | O_APPEND, CALLER)
+        await file.write((await self.tree.getattr(node)).size, pattern(seed, size))
         await file.release()
 
     async def _do_truncate(self, path: str, size: int) -> None:
