@@ -15,6 +15,7 @@ SYMLINK_BYTES_MAX = 4095  # PATH_MAX - 1
 FILE_BYTES_MAX = 1 << 46  # 64 TiB; EFBIG beyond
 XATTR_VALUE_BYTES_MAX = 64 * KIB  # XATTR_SIZE_MAX of the kernel
 XATTR_LIST_BYTES_MAX = 64 * KIB  # XATTR_LIST_MAX
+XATTR_BYTES_MAX = 1 * MIB  # all values of an inode: one transaction removes them with it
 LINKS_MAX = 65_000  # as ext4
 INLINE_WRITE_BYTES_MAX = 16 * KIB  # larger writes go to blobs (measured threshold, DESIGN §3)
 INLINE_EXTENT_BYTES_MAX = 64 * KIB  # an extent grown by small appends becomes a blob at this size

@@ -171,11 +171,14 @@ class Node:
                     stop=self.stop,
                 )
                 sd_notify("STOPPING=1")
+                self.files.unmounted()
                 await self.upkeep.tidy()
                 nursery.cancel_scope.cancel()
         finally:
-            self.store.close()
-            self.blobs.close()
+            try:
+                self.store.close()  # syncs the blobs that its log names
+            finally:
+                self.blobs.close()
 
     def _presentation(self) -> Presentation:
         options = self.options

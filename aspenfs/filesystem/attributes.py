@@ -36,7 +36,7 @@ from aspenfs.kv.types import (
     prefix_end,
     put,
 )
-from aspenfs.limits import TXN_OPS_MAX, XATTR_LIST_BYTES_MAX, XATTR_VALUE_BYTES_MAX
+from aspenfs.limits import XATTR_BYTES_MAX, XATTR_LIST_BYTES_MAX, XATTR_VALUE_BYTES_MAX
 
 NAMESPACES: Final = (b"user.", b"trusted.", b"security.")
 PERMISSIONS: Final = 0o7777
@@ -103,15 +103,17 @@ class AttributeOperations:
                 return inode._replace(**changed)
         raise conflict("setattr")
 
-    async def record_reads(self, atimes: dict[int, int]) -> None:
-        """Writes access times that were kept in memory; nodes that are gone are passed over."""
+    async def record_reads(self, atimes: dict[int, int]) -> bool:
+        """Writes up to TXN_OPS_MAX access times that were kept in memory; nodes that are gone are passed
+        over. False if one went meanwhile: nothing is written then."""
         nodes = [node for node in atimes if self.store.get(inode_key(node)) is not None]
-        for at in range(0, len(nodes), TXN_OPS_MAX):
-            some = nodes[at : at + TXN_OPS_MAX]
-            await self.volume.txn(
-                [exists(inode_key(node)) for node in some],
-                [merge(inode_key(node), max_(ATIME, atimes[node])) for node in some],
-            )
+        if not nodes:
+            return True
+        result = await self.volume.txn(
+            [exists(inode_key(node)) for node in nodes],
+            [merge(inode_key(node), max_(ATIME, atimes[node])) for node in nodes],
+        )
+        return bool(result.succeeded)
 
     # --- extended attributes ---
 
@@ -140,14 +142,17 @@ class AttributeOperations:
         return [key[11:] for key, _ in self.store.range(prefix, prefix_end(prefix), keys_only=True)]
 
     async def set(self, node: int, name: bytes, value: bytes) -> None:
-        """NotSupported outside user., trusted., security. and the two ACLs; NoSpace when the list grows
-        over 64 KiB. An access ACL sets the mode; one that says no more than the mode is not kept."""
+        """NotSupported outside user., trusted., security. and the two ACLs; NoSpace when the names grow
+        over 64 KiB or the values over 1 MiB. An access ACL sets the mode; one that says no more than the
+        mode is not kept."""
         if not name.startswith(NAMESPACES) and name not in (acl.ACCESS, acl.DEFAULT):
             raise errors.NotSupported(f"extended attributes are kept in {NAMESPACES}")
         if len(value) > XATTR_VALUE_BYTES_MAX:
             raise errors.ArgumentTooLong(f"a value has at most {XATTR_VALUE_BYTES_MAX} bytes")
-        names = {*self.list(node), name}
-        if sum(len(each) + 1 for each in names) > XATTR_LIST_BYTES_MAX:
+        prefix = XATTR_PREFIX + number(node)
+        sizes = {key[11:]: len(record.value) for key, record in self.store.range(prefix, prefix_end(prefix))}
+        sizes[name] = len(value)
+        if sum(map(len, sizes)) + len(sizes) > XATTR_LIST_BYTES_MAX or sum(sizes.values()) > XATTR_BYTES_MAX:
             raise errors.NoSpace("too many extended attributes")
         for _ in range(ATTEMPTS):
             record = self.store.get(inode_key(node))

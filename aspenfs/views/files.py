@@ -19,6 +19,7 @@ from aspenfs.filesystem.content import Content
 from aspenfs.filesystem.namespace import Namespace, Removed
 from aspenfs.filesystem.volume import Volume
 from aspenfs.kv.types import Event
+from aspenfs.limits import TXN_OPS_MAX
 from aspenfs.vfs.tree import Attr, Caller, Listing, OpenFile, SetAttr, Touched, Tree, Usage
 
 DAY_NS: Final = 24 * 3600 * 10**9
@@ -97,8 +98,8 @@ class FilesTree(Tree):
         handle = self._handle(node, flags)  # first: who removes its last name from now on leaves an orphan
         try:
             record = self.store.get(layout.INODE_PREFIX + node.to_bytes(8, "big"))
-            # Without a name it may be on its way out, unless somebody else holds it.
-            if record is None or (record[0].startswith(_NO_NAME) and self.open_counts[node] == 1):
+            # Without a name it may be on its way out, unless it is held.
+            if record is None or (record[0].startswith(_NO_NAME) and node not in self.orphans):
                 raise errors.Stale(f"inode {node} is gone")
             if node in self.names.going:
                 await self.names.keep(node)
@@ -243,9 +244,15 @@ class FilesTree(Tree):
 
     async def flush_atimes(self) -> None:
         """Writes the access times that reads have moved."""
-        if self.atimes:
-            atimes, self.atimes = self.atimes, {}
-            await self.attributes.record_reads(atimes)
+        nodes = list(self.atimes)
+        for at in range(0, len(nodes), TXN_OPS_MAX):
+            # They stay in memory until they are written: else stat(2) would show time going back.
+            some = {node: self.atimes[node] for node in nodes[at : at + TXN_OPS_MAX] if node in self.atimes}
+            if await self.attributes.record_reads(some):
+                for node, atime in some.items():
+                    if self.atimes.get(node) == atime:
+                        del self.atimes[node]
+            await self.volume.breathe()
 
     async def reap(self, most: int = 64) -> int:
         """Ends up to `most` orphans that nobody holds any more; how many it ended."""

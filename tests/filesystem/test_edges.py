@@ -3,7 +3,7 @@
 import pytest
 
 from aspenfs import errors
-from aspenfs.limits import TXN_DELETED_KEYS_MAX
+from aspenfs.limits import TXN_DELETED_KEYS_MAX, XATTR_BYTES_MAX, XATTR_VALUE_BYTES_MAX
 from aspenfs.vfs.tree import SetAttr
 from tests.filesystem.volumes import CALLER, Setup, run
 
@@ -103,5 +103,49 @@ def test_what_the_memory_of_garbage_cannot_hold_is_found_later() -> None:
             while await setup.tree.content.collect():
                 pass
         assert setup.blobs.chunks == {}
+
+    run(test)
+
+
+def test_access_times_that_cannot_be_written_now_are_kept() -> None:
+    async def test(setup: Setup) -> None:
+        attr, handle = await setup.tree.create(1, b"f", 0o644, 2, CALLER)
+        await handle.write(0, b"x")
+        await handle.read(0, 1)
+        read_at = (await setup.tree.getattr(attr.node)).atime_ns
+        assert read_at > attr.atime_ns
+        txn = setup.store.txn
+
+        async def full(*arguments: object, **named: object) -> None:
+            assert (await setup.tree.getattr(attr.node)).atime_ns == read_at, (
+                "it goes back while it is written"
+            )
+            raise errors.NoSpace("full")
+
+        setup.store.txn = full  # type: ignore[method-assign,assignment]
+        with pytest.raises(errors.NoSpace):
+            await setup.tree.flush_atimes()
+        setup.store.txn = txn  # type: ignore[method-assign]
+        assert (await setup.tree.getattr(attr.node)).atime_ns == read_at
+        await setup.tree.flush_atimes()
+        assert setup.tree.atimes == {}
+        assert setup.volume.inode(attr.node).atime == read_at
+
+    run(test)
+
+
+def test_the_attributes_of_an_inode_have_a_common_limit() -> None:
+    """One transaction removes them with the inode, so it must not have to hold half a gigabyte."""
+
+    async def test(setup: Setup) -> None:
+        attr, handle = await setup.tree.create(1, b"f", 0o644, 2, CALLER)
+        count = XATTR_BYTES_MAX // XATTR_VALUE_BYTES_MAX
+        for index in range(count):
+            await setup.tree.setxattr(attr.node, b"user.%d" % index, bytes(XATTR_VALUE_BYTES_MAX))
+        with pytest.raises(errors.NoSpace):
+            await setup.tree.setxattr(attr.node, b"user.one-more", b"x")
+        await setup.tree.setxattr(attr.node, b"user.0", b"short")
+        await setup.tree.setxattr(attr.node, b"user.one-more", b"x")
+        await handle.release()
 
     run(test)
