@@ -83,10 +83,18 @@ class Removed(NamedTuple):
 
 
 class Namespace:
-    """Operations on names of one volume. `in_use(node)` says whether a handle is open on it here."""
+    """Operations on names of one volume. `in_use(node)` says whether a handle is open on it here,
+    `is_known(node)` whether the kernel here has looked it up and not forgotten it."""
 
-    def __init__(self, volume: Volume, content: Content, in_use: Callable[[int], bool]) -> None:
-        self.volume, self.content, self.store, self.in_use = volume, content, volume.store, in_use
+    def __init__(
+        self,
+        volume: Volume,
+        content: Content,
+        in_use: Callable[[int], bool],
+        is_known: Callable[[int], bool],
+    ) -> None:
+        self.volume, self.content, self.store = volume, content, volume.store
+        self.in_use, self.is_known = in_use, is_known
         self.going: set[int] = (
             set()
         )  # files that a transaction under way destroys, because nobody has them open
@@ -238,9 +246,12 @@ class Namespace:
         raise conflict("rmdir")
 
     def _drop_name(
-        self, change: "_Change", parent: int, name: bytes, node: int, kind: int, now: int
+        self, change: "_Change", parent: int, name: bytes, node: int, kind: int, now: int, keep: bool = False
     ) -> Removed:
-        """Adds to `change` what removing this name does to the entry and its inode, not to the parent."""
+        """Adds to `change` what removing this name does to the entry and its inode, not to the parent.
+
+        With `keep` the inode of a file stays as an orphan, as one that is open does.
+        """
         key, name_key = inode_key(node), dirent_key(parent, name)
         record = self.store.get(key)
         if record is None:
@@ -263,7 +274,7 @@ class Namespace:
             return Removed(node, inode._replace(nlink=inode.nlink - 1, ctime=now), False)
         after = inode._replace(nlink=0, ctime=now)
         released = None
-        if not self.in_use(node):
+        if not keep and not self.in_use(node):
             released = self.content.release_operations(node) if inode.allocated else ([], References())
         if released is None:
             change.then += (
@@ -385,7 +396,10 @@ class Namespace:
                 raise errors.NotADirectory(new_name)
             if not directory and victim_kind == DIRECTORY:
                 raise errors.IsADirectory(new_name)
-            removed = self._drop_name(change, new_parent, new_name, victim, victim_kind, now)
+            # An open by the old name may be under way with an inode that the kernel has looked up: rename
+            # must look atomic to it, so it finds the old file, not none.
+            keep = self.is_known(victim)
+            removed = self._drop_name(change, new_parent, new_name, victim, victim_kind, now, keep)
         else:
             change.compares.append(absent(new_key))
         change.compares.append(compare_value(name_key, EQUAL, entry))

@@ -10,6 +10,7 @@ learns that a node is forgotten when the count is 0 and no handle is open on it.
 
 import stat
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from typing import Final
 
 from aspenfs import errors
@@ -67,6 +68,11 @@ class FileSystem:
         self.open_counts: dict[int, int] = {}
         self.handles: dict[int, Handle] = {}
         self.next_handle = 1
+        for tree in trees:
+            tree.is_known = partial(self._knows, self.numbers[id(tree)])  # type: ignore[method-assign]
+
+    def _knows(self, base: int, node: int) -> bool:
+        return base | node in self.known
 
     async def use_subtree(self, path: bytes) -> None:
         """Makes the directory at `path` (from the whole mount's root) the root. NotFound, NotADirectory."""

@@ -121,6 +121,10 @@ class Tree:
     negative_timeout_s: float = 0.0
     writable = False
 
+    def is_known(self, node: int) -> bool:
+        """Whether the kernel has looked the node up and not forgotten it; the driver replaces this."""
+        return False
+
     # --- reading ---
     async def lookup(self, parent: int, name: bytes) -> Attr:
         raise errors.NotFound(name)

@@ -54,11 +54,11 @@ class FilesTree(Tree):
     def __init__(self, volume: Volume, usage: Callable[[], Usage], *, atime: bool = True) -> None:
         self.volume, self.store, self.usage, self.keep_atime = volume, volume.store, usage, atime
         self.content = Content(volume)
-        self.names = Namespace(volume, self.content, self.is_open)
+        self.names = Namespace(volume, self.content, self.is_open, lambda node: self.is_known(node))
         self.attributes = AttributeOperations(volume)
         self.open_counts: dict[int, int] = {}
         self.ghosts: dict[int, Attr] = {}  # no row any more, but the kernel may still ask
-        self.orphans: set[int] = set()  # a row without a name, kept for an open handle
+        self.orphans: set[int] = set()  # a row without a name, kept for a handle or for the kernel
         self.doomed: dict[int, None] = {}  # orphans that nobody holds any more: to be reaped, in this order
         self.atimes: dict[int, int] = {}
 
@@ -204,7 +204,7 @@ class FilesTree(Tree):
             self.ghosts[node] = to_attr(node, inode)
             self.atimes.pop(node, None)
         elif not inode.nlink:
-            if self.is_open(node):
+            if self.is_open(node) or self.is_known(node):
                 self.orphans.add(node)
             else:
                 self.doomed[node] = None
@@ -235,12 +235,22 @@ class FilesTree(Tree):
             self.open_counts[node] = left
             return
         del self.open_counts[node]
-        if node in self.orphans:
-            self.orphans.discard(node)
-            self.doomed[node] = None
+        if node in self.orphans and not self.is_known(node):
+            self._doom(node)
 
     def forgotten(self, node: int) -> None:
         self.ghosts.pop(node, None)
+        if node in self.orphans and not self.is_open(node):
+            self._doom(node)
+
+    def _doom(self, node: int) -> None:
+        self.orphans.discard(node)
+        self.doomed[node] = None
+
+    def unmounted(self) -> None:
+        """The kernel holds nothing any more, and will not say so."""
+        for node in list(self.orphans):
+            self._doom(node)
 
     async def flush_atimes(self) -> None:
         """Writes the access times that reads have moved."""

@@ -266,3 +266,26 @@ def test_the_check_finds_and_mends_what_is_broken() -> None:
         assert await names(setup, home) == [b"#%d" % attr.node]
 
     run(test)
+
+
+def test_a_replaced_file_that_the_kernel_knows_can_still_be_opened() -> None:
+    async def test(setup: Setup) -> None:
+        tree = setup.tree
+        known: set[int] = set()
+        tree.is_known = known.__contains__  # type: ignore[assignment]
+        old, handle = await tree.create(1, b"f", 0o644, 2, CALLER)
+        await handle.write(0, b"old")
+        await handle.release()
+        known.add(old.node)
+        await tree.mknod(1, b"new", stat.S_IFREG | 0o644, 0, CALLER)
+        await tree.rename(1, b"new", 1, b"f", 0)
+        late = await tree.open(old.node, 0, CALLER)  # looked up before the rename, opened after it
+        assert bytes(await late.read(0, 10)) == b"old"
+        await late.release()
+        assert await tree.reap() == 0
+        known.discard(old.node)
+        tree.forgotten(old.node)
+        assert await tree.reap() == 1
+        assert setup.volume.inode_count() == 2
+
+    run(test)

@@ -1,6 +1,5 @@
 """rename(2) and renameat2(2)."""
 
-import errno
 import os
 import stat
 from pathlib import Path
@@ -240,15 +239,15 @@ def test_rename_is_atomic_for_a_reader(here: Path) -> None:
     while os.waitpid(pid, os.WNOHANG)[0] == 0:
         try:
             data = (here / "current").read_bytes()
-        except OSError as failure:
-            wrong += failure.errno != errno.ESTALE
+        except OSError:
+            wrong += 1
             continue
         wrong += len(data) != 1000 or len(set(data)) != 1
     assert wrong == 0
 
 
 def test_a_name_that_is_replaced_all_the_time_always_has_its_attributes(here: Path) -> None:
-    """Calls that name it find the old file or the new one, never none. (docs/posix.md: ESTALE is rare.)"""
+    """Calls that name it find the old file or the new one, never none."""
     path, data = here / "current", b"x" * 100
 
     def save() -> None:
@@ -276,4 +275,4 @@ def test_a_name_that_is_replaced_all_the_time_always_has_its_attributes(here: Pa
     errors = set()
     while os.waitpid(pid, os.WNOHANG)[0] == 0:
         errors |= {error(call) for call in calls}
-    assert errors - {"ESTALE"} <= {""}
+    assert errors == {""}
