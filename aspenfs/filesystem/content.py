@@ -285,7 +285,7 @@ class Content:
             operations: list[Operation] = []
             freed, reached = 0, size
             if size < inode.size and inode.allocated:
-                operations, freed, reached = self._cut_tail(node, size, references)
+                operations, freed, reached = self._cut_tail(node, inode.size, size, references)
                 operations += references.operations()
             now = self.volume.now()
             operations.append(
@@ -303,11 +303,13 @@ class Content:
             await self.volume.breathe()
         raise conflict(f"truncate of inode {node}")
 
-    def _cut_tail(self, node: int, size: int, references: References) -> tuple[list[Operation], int, int]:
-        """Operations that drop up to a step's worth of extents behind `size`, the bytes freed, and
-        the size that the file then has."""
-        freed, reached = self._tail(node, size, references)
-        operations = [delete_range(extent_key(node, reached), extent_key(node, 1 << 63))] if freed else []
+    def _cut_tail(
+        self, node: int, end: int, size: int, references: References
+    ) -> tuple[list[Operation], int, int]:
+        """Operations that drop up to a step's worth of extents behind `size` of a file of `end` bytes,
+        the bytes freed, and the size that the file then has."""
+        freed, reached = self._tail(node, end, size, references)
+        operations = [delete_range(extent_key(node, reached), extent_key(node, end))] if freed else []
         if size and reached == size:
             for extent in self.overlapping(node, size - 1, size):
                 surplus = extent.offset + extent.length - size
@@ -322,10 +324,11 @@ class Content:
                     )
         return operations, freed, reached
 
-    def _tail(self, node: int, size: int, references: References) -> tuple[int, int]:
-        """Looks from the end at up to a step's worth of extents that begin at `size` or behind it: the
-        bytes in them, and where the first of them begins; `size` if these are all."""
-        low, high = extent_key(node, size), extent_key(node, 1 << 63)
+    def _tail(self, node: int, end: int, size: int, references: References) -> tuple[int, int]:
+        """Looks from `end`, the size of the file, at up to a step's worth of extents that begin at `size`
+        or behind it: the bytes in them, and where the first of them begins; `size` if these are all."""
+        # Not from beyond the end: what earlier steps have deleted there costs time until it is applied.
+        low, high = extent_key(node, size), extent_key(node, end)
         freed = count = inline_bytes = 0
         while found := self.store.range(low, high, limit=PAGE, reverse=True):
             for key, record in found:
@@ -347,13 +350,14 @@ class Content:
                 break
         return freed, size
 
-    def release_operations(self, node: int) -> tuple[list[Operation], References] | None:
-        """Operations that drop all extents of a file, if one transaction can hold them, else None."""
+    def release_operations(self, node: int, size: int) -> tuple[list[Operation], References] | None:
+        """Operations that drop all extents of a file of `size` bytes, if one transaction can hold them,
+        else None."""
         references = References()
-        freed, reached = self._tail(node, 0, references)
+        freed, reached = self._tail(node, size, 0, references)
         if reached:
             return None
-        operations = [delete_range(extent_key(node, 0), extent_key(node, 1 << 63))] if freed else []
+        operations = [delete_range(extent_key(node, 0), extent_key(node, size))] if freed else []
         return operations + references.operations(), references
 
     # --- garbage ---

@@ -275,7 +275,9 @@ class Namespace:
         after = inode._replace(nlink=0, ctime=now)
         released = None
         if not keep and not self.in_use(node):
-            released = self.content.release_operations(node) if inode.allocated else ([], References())
+            released = (
+                self.content.release_operations(node, inode.size) if inode.allocated else ([], References())
+            )
         if released is None:
             change.then += (
                 merge(key, add(NLINK, -1), patch(CTIME, I64(now))),
@@ -323,7 +325,7 @@ class Namespace:
             inode = unpack_inode(record.value)
             if inode.nlink:
                 return
-            released = self.content.release_operations(node)
+            released = self.content.release_operations(node, inode.size)
             if released is None:
                 await self.content.truncate(node, 0)
                 continue
