@@ -374,7 +374,9 @@ def test_odd_calls_get_an_answer_and_never_end_the_mount(own_mount: Mount) -> No
 
 def test_clients_that_die_inside_a_call_do_no_harm(own_mount: Mount) -> None:
     files = own_mount.mountpoint / "files"
-    script = "import os, sys\nwhile True:\n open(sys.argv[1], 'wb').write(os.urandom(3 << 20))"
+    script = (
+        "import os, sys\nf = open(sys.argv[1], 'wb', 0)\nwhile True: os.pwrite(f.fileno(), bytes(3 << 20), 0)"
+    )
     path = files / "f"
     for _ in range(5):
         with subprocess.Popen([sys.executable, "-c", script, str(path)]) as client:
