@@ -19,6 +19,7 @@ import trio
 from aspenfs import errors
 from aspenfs.blobs.store import BlobStore
 from aspenfs.cli.checking import OnlineCheck
+from aspenfs.cli.flood import FloodFilter
 from aspenfs.cli.lock import StateLock
 from aspenfs.cli.options import MountOptions
 from aspenfs.cli.paths import StateDirectory, state_directory
@@ -221,6 +222,8 @@ def main() -> int:
         level=options.log_level.upper(),
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
     )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(FloodFilter())
     channel: int | None = ready_fd(os.environ)
     reported = False
 
