@@ -136,7 +136,10 @@ class Wal:
             segment.file.close()
         self._pool.retire_now([segment.name for segment in found.dropped])
         if found.torn_bytes:
-            logger.info("wal torn tail dropped directory=%s bytes=%d", self._directory, found.torn_bytes)
+            logger.warning(
+                "wal torn tail dropped directory=%s bytes=%d: what no sync had covered; expected after a loss "
+                "of power, damage after anything less", self._directory, found.torn_bytes,
+            )  # fmt: skip
         self._seal_tail(claim)
         self._pool.stir()
 
