@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 Operation = list[Any]
-ATOMIC_BYTES = 64 << 10  # a write(2) of up to this is there as a whole or not at all
-PAGE = 4096  # the kernel cuts longer ones at pages
+ATOMIC_BYTES = 64 << 10  # an aligned write(2) of up to this is there as a whole or not at all
+PAGE = 4096  # the kernel cuts longer ones at pages, and others behind the page in whose middle they begin
 
 
 def pattern(seed: int, size: int) -> bytes:
@@ -112,10 +112,10 @@ class Model:
         """The states that are right if nobody knows whether `operation` was done."""
         yield self
         yield self.after(operation)
-        if operation[0] in ("write", "append") and operation[-1] > ATOMIC_BYTES:
+        if operation[0] in ("write", "append"):
             *first, seed, size = operation
             offset = first[2] if operation[0] == "write" else len(self.file(first[1]).data)
-            for done in range(PAGE - offset % PAGE, size, PAGE):
+            for done in _cuts(offset, size):
                 part = copy.deepcopy(self)
                 part._put_bytes(part.file(first[1]).data, offset, pattern(seed, size)[:done])
                 yield part
@@ -190,3 +190,9 @@ class Model:
 
     def _put(self, path: str, seed: int, size: int) -> None:
         self._txn([(path, seed, size)], [])
+
+
+def _cuts(offset: int, size: int) -> range:
+    """After how many bytes the kernel may cut a write into requests."""
+    first = PAGE - offset % PAGE
+    return range(first, size if size > ATOMIC_BYTES else min(size, first + (first < PAGE)), PAGE)
