@@ -167,6 +167,7 @@ class Node:
                     options.mountpoint,
                     options.fuse_options(),
                     spin_us=SPIN_US if options.spin_us is None else options.spin_us,
+                    hush=lambda: self.store.syncing,
                     notifier=self.notifier,
                     ready=ready,
                     stop=self.stop,

@@ -6,6 +6,7 @@ this file expects them. Who waits, and what happens between waits, is `loop.py`.
 
 import os
 import select
+from collections.abc import Callable
 from time import monotonic
 from typing import Any, Final
 
@@ -40,12 +41,15 @@ class Waiter:
     runnable. Uses trio's private parts: make one only where `private_parts_missing` found nothing amiss.
     """
 
-    def __init__(self, fd: int, runnable: set[trio.lowlevel.Task], spin_us: int) -> None:
+    def __init__(
+        self, fd: int, runnable: set[trio.lowlevel.Task], spin_us: int, hush: Callable[[], bool]
+    ) -> None:
         runner: Any = getattr(trio.lowlevel.current_task(), "_runner")  # noqa: B009 – private
         self._runnable = runnable
         self._next_deadline = runner.deadlines.next_deadline
         self._sleep_time = runner.clock.deadline_to_sleep_time
         self._spin_s = spin_us / 1e6 if (os.cpu_count() or 1) > 1 else 0.0
+        self._hush = hush
         self._spins_to_skip = 0
         self._spin_backoff = 0
         self._fd = fd
@@ -75,7 +79,7 @@ class Waiter:
         # A handler of the caller's may just have cancelled it: then nothing would end the wait.
         if task._cancel_status.effectively_cancelled:
             return False
-        ready = self._spin(now_s) if self._spin_s else []
+        ready = self._spin(now_s) if self._spin_s and not self._hush() else []
         if not ready:
             ready = self._poll(min(sleep_s, _BLOCK_S_MAX), 2)
             woken_s = monotonic()
@@ -93,7 +97,8 @@ class Waiter:
         """Polls for a bounded time; after misses, skips up to `_SPIN_BACKOFF_MAX` waits.
 
         A sleeping CPU takes tens of µs to wake up, so a spin pays when requests follow one another
-        closely. The backoff keeps it from costing anything when they do not.
+        closely. The backoff keeps it from costing anything when they do not, and `hush` from holding up
+        a thread of ours that somebody waits for: the two would fight for the interpreter's lock.
         """
         if self._spins_to_skip:
             self._spins_to_skip -= 1

@@ -13,6 +13,7 @@ import importlib.metadata
 import logging
 import socket
 import threading
+from collections.abc import Callable
 from typing import Any, Final
 
 import pyfuse3
@@ -37,8 +38,8 @@ class Hook:
 
     ClosedResourceError = trio.ClosedResourceError
 
-    def __init__(self, spin_us: int = SPIN_US) -> None:
-        self.spin_us = spin_us
+    def __init__(self, spin_us: int = SPIN_US, hush: Callable[[], bool] = lambda: False) -> None:
+        self.spin_us, self.hush = spin_us, hush
         self.lowlevel = self
         self.current_task = trio.lowlevel.current_task
         self.current_trio_token = trio.lowlevel.current_trio_token
@@ -46,7 +47,7 @@ class Hook:
 
     def open_nursery(self) -> SessionNursery:
         """pyfuse3 calls it once for each run of `main`: a session begins."""
-        self.session = session = Session(self.spin_us)
+        self.session = session = Session(self.spin_us, self.hush)
         # Bound once per session: one attribute look-up less for each request.
         self.wait_readable = session.wait_readable
         self.notify_closing = session.notify_closing
@@ -65,22 +66,23 @@ class Hook:
 _hook: Hook | None = None
 
 
-def install(*, spin_us: int = SPIN_US) -> bool:
+def install(*, spin_us: int = SPIN_US, hush: Callable[[], bool] = lambda: False) -> bool:
     """Puts the hook into pyfuse3, and says whether it is active; if not, the log says why.
 
     To be called before `pyfuse3.main`, then `pyfuse3.main(min_tasks=WORKERS, max_tasks=WORKERS)`; that
-    call is also right without the hook. `spin_us` = 0 turns spinning off. Takes some 10 ms for a test
-    of the hook against the trio at hand. A second call only changes `spin_us` for the next session.
+    call is also right without the hook. `spin_us` = 0 turns spinning off, `hush` does while it says True:
+    then a thread of this process is at work for somebody who waits. Takes some 10 ms for a test of the
+    hook against the trio at hand. A second call only changes the two for the next session.
     """
     global _hook
     if _hook is not None:
-        _hook.spin_us = spin_us
+        _hook.spin_us, _hook.hush = spin_us, hush
         return True
     cause = _wrong_version() or _wrong_pyfuse3() or self_test()
     if cause is not None:
         logger.warning("fuse event-loop hook is off, requests cost about five times more: cause=%s", cause)
         return False
-    _hook = Hook(spin_us)
+    _hook = Hook(spin_us, hush)
     vars(pyfuse3)["trio"] = _hook
     logger.info("fuse event-loop hook is on: spin_us=%d", spin_us)
     return True

@@ -30,6 +30,7 @@ async def serve(
     options: set[str],
     *,
     spin_us: int,
+    hush: Callable[[], bool],
     notifier: Notifier,
     ready: Callable[[], None],
     stop: trio.Event,
@@ -38,7 +39,7 @@ async def serve(
 
     `options` are libfuse's. `ready` is called once the kernel's first question has been answered.
     """
-    hooked = loop.install(spin_us=spin_us)
+    hooked = loop.install(spin_us=spin_us, hush=hush)
     try:
         pyfuse3.init(operations, mountpoint, options)
     except RuntimeError as error:

@@ -48,8 +48,8 @@ class Session:
     inside a request, so a suspension of its task is a handler's.
     """
 
-    def __init__(self, spin_us: int) -> None:
-        self.spin_us = spin_us
+    def __init__(self, spin_us: int, hush: Callable[[], bool]) -> None:
+        self.spin_us, self.hush = spin_us, hush
         self.nursery: trio.Nursery | None = None
         self._running: _Worker | None = None  # whose code runs now
         self._holder: _Worker | None = None
@@ -194,7 +194,7 @@ class Session:
         self._fd = fd
         os.set_blocking(fd, False)  # a read must never stop the whole process, see `_is_empty_read`
         if self.direct:
-            self._waiter = Waiter(fd, self._runnable.tasks, self.spin_us)
+            self._waiter = Waiter(fd, self._runnable.tasks, self.spin_us, self.hush)
 
     async def _visit(self, waiter: Waiter, task: trio.lowlevel.Task) -> None:
         while True:

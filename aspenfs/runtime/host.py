@@ -305,6 +305,11 @@ class NodeStore:
     # --- the Store port ---
 
     @property
+    def syncing(self) -> bool:
+        """Whether the sync thread has work: somebody waits for it."""
+        return self._syncer.busy
+
+    @property
     def revision(self) -> int:
         return self.engine.revision
 

@@ -35,6 +35,7 @@ class Syncer:
         self._clock = clock
         self._queue: SimpleQueue[bool] = SimpleQueue()
         self._requested = False
+        self.busy = False  # a sync has been asked for or is under way
         self._thread: threading.Thread | None = None
         self.syncs = 0
         self.last_ns = self.longest_ns = self.total_ns = 0
@@ -50,7 +51,7 @@ class Syncer:
     def request(self) -> None:
         """Everything accepted so far shall be durable soon. Cheap when it has been asked for already."""
         if not self._requested:
-            self._requested = True
+            self._requested = self.busy = True
             self._queue.put(True)
 
     def stop(self) -> None:
@@ -69,6 +70,7 @@ class Syncer:
         self.longest_ns = max(self.longest_ns, self.last_ns)
         self.total_ns += self.last_ns
         self.syncs += 1
+        self.busy = self._requested
         return index
 
     def run_hooks(self) -> None:
