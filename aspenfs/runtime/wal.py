@@ -138,8 +138,10 @@ class Wal:
         if found.torn_bytes:
             logger.warning(
                 "wal torn tail dropped directory=%s bytes=%d: what no sync had covered; expected after a loss "
-                "of power, damage after anything less", self._directory, found.torn_bytes,
-            )  # fmt: skip
+                "of power, damage after anything less",
+                self._directory,
+                found.torn_bytes,
+            )
         self._seal_tail(claim)
         self._pool.stir()
 
