@@ -137,7 +137,7 @@ class Wal:
         self._pool.retire_now([segment.name for segment in found.dropped])
         if found.torn_bytes:
             logger.warning(
-                "wal torn tail dropped directory=%s bytes=%d: what no sync had covered; expected after a loss "
+                "wal torn tail dropped directory=%s bytes=%d: what no sync had covered; expected after loss "
                 "of power, damage after anything less",
                 self._directory,
                 found.torn_bytes,
