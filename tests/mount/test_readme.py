@@ -25,15 +25,15 @@ def steps() -> list[tuple[str, str]]:
     return found
 
 
-def test_the_session_prints_what_the_readme_says(mount: Mount) -> None:
+def test_the_session_prints_what_the_readme_says(own_mount: Mount) -> None:
     session = steps()
     assert len(session) > 15
     marker = "--- done ---"
     script = "".join(
-        command.replace("/mnt/aspen", str(mount.mountpoint)) + f"\necho '{marker}'\n"
+        command.replace("/mnt/aspen", str(own_mount.mountpoint)) + f"\necho '{marker}'\n"
         for command, _ in session
     )
-    environment = {**os.environ, **mount.environment}
+    environment = {**os.environ, **own_mount.environment}
     run = subprocess.run(
         ["bash", "-euo", "pipefail"],
         input=script,
