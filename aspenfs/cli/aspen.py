@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "check": ("aspenfs.cli.check", "check", "Verify every row and every byte; repair offline."),
     "completion": ("aspenfs.cli.completion", "completion", "Print the completion script of a shell."),
     "kv": ("aspenfs.cli.kv", "kv", "Keys: get, put, delete, cas, ls, txn, watch, lease."),
+    "sync": ("aspenfs.cli.sync", "sync", "Wait until everything written survives a loss of power."),
     "status": ("aspenfs.cli.status", "status", "Is it healthy, and if not, what to do."),
 }
 

@@ -35,6 +35,7 @@ from aspenfs.fuse.session import serve
 from aspenfs.kv.commands import Command
 from aspenfs.kv.types import Event
 from aspenfs.runtime.control import ControlServer
+from aspenfs.runtime.control_command import Call
 from aspenfs.runtime.disk import RealDisk
 from aspenfs.runtime.host import NodeStore
 from aspenfs.runtime.reserve import Reserve
@@ -152,7 +153,7 @@ class Node:
                 control = ControlServer(
                     self.store,
                     self.status,
-                    {"check": OnlineCheck(self.store, self.blobs).handle},
+                    {"check": OnlineCheck(self.store, self.blobs).handle, "sync": self._sync},
                     clock=self.clock,
                     release=_release(),
                 )
@@ -192,6 +193,11 @@ class Node:
             options.entry_timeout_s,
             options.sync,
         )
+
+    async def _sync(self, call: Call) -> int:
+        """`aspen sync`: access times too, then all that was accepted is committed; the revision."""
+        await self.filesystem.sync()
+        return await self.store.committed()
 
     async def _signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:

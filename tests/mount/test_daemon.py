@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import json
 import mmap
 import os
 import re
@@ -417,3 +418,15 @@ def test_ten_thousand_operations_leave_no_descriptors_and_no_memory_behind(own_m
     assert wait_for(lambda: held(own_mount.pid)[0] <= descriptors, 10)
     assert held(own_mount.pid)[1] - memory < GROWTH_KIB_MAX
     own_mount.assert_healthy()
+
+
+def test_aspen_sync_waits_until_everything_is_committed(mount: Mount) -> None:
+    def figures() -> dict[str, int]:
+        status = json.loads((mount.mountpoint / "cluster" / "status.json").read_text())
+        return dict(status["figures"])
+
+    for number in range(20):
+        (mount.mountpoint / "files" / f"sync-{number}").write_bytes(b"x" * 100)
+        written = figures()["revision"]
+        told = json.loads(mount.aspen("sync", "--json"))["revision"]
+        assert figures()["durable"] >= told >= written
