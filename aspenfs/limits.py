@@ -32,6 +32,7 @@ WAL_FRAME_BYTES_MAX = 4 * MIB
 RESERVE_BYTES = 64 * MIB  # kept back for deleting on a full disk; half of a blob segment is moved into it
 OVERLAY_BYTES_MAX = 64 * MIB  # accepted but not yet applied; beyond it writers wait for the disk
 APPLY_BATCH_KEYS_MAX = 16_384  # in one transaction of the state; a larger one only costs memory
+MAPPED_BYTES_MAX = 48 * MIB  # of the state's map in memory, code included; beyond it pages are given back
 SYNC_INTERVAL_MS = 250  # accepted work that nobody waits for is fsynced this often
 HISTORY_REVISIONS = 10_000  # revisions of user keys kept readable before compaction
 WATCH_BUFFER_BATCHES = 1_024  # per watcher; beyond it the watcher gets Lagged

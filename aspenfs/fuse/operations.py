@@ -266,7 +266,7 @@ class Operations(pyfuse3.Operations):
 
     @answers
     async def readdir(self, fh: int, start_id: int, token: Any) -> None:
-        fs, reply, attributes, known = self.fs, pyfuse3.readdir_reply, self._attributes, self.fs.known
+        fs, reply, attributes = self.fs, pyfuse3.readdir_reply, self._attributes
         for at, (ino, tree, name, attr) in enumerate(await fs.dots(fh) if start_id < DOTS else ()):
             # The kernel makes no use of the attributes of these two, and counts no lookup.
             if at >= start_id and not reply(token, name, attributes(ino, tree, attr), at + 1):
@@ -282,7 +282,7 @@ class Operations(pyfuse3.Operations):
                     tree, ino = fs.tree_in_root(name)
                 if not reply(token, name, attributes(ino, tree, attr), cookie + DOTS):
                     return
-                known[ino] = known.get(ino, 0) + 1  # it came with attributes, so it counts as a lookup
+                fs.remember(ino)  # it came with attributes, so it counts as a lookup
 
     @answers
     async def fsyncdir(self, fh: int, datasync: bool) -> None:

@@ -153,6 +153,7 @@ class NodeStore:
                 self._syncer.request()
             self._applier.request(engine.committed_revision)
             self._take_reserve()
+            self._state.give_back_pages()
             if self._state.durable_index < self._state.applied_index == engine.committed_revision:
                 self._applier.request_sync()  # nothing comes that would do it
             try:

@@ -24,9 +24,10 @@ import lmdb
 from aspenfs.errors import Corrupt, InvalidArgument, NoSpace, StorageError, SyncFailed
 from aspenfs.kv import records
 from aspenfs.kv.types import Record
-from aspenfs.limits import STORE_KEY_BYTES_MAX
+from aspenfs.limits import MAPPED_BYTES_MAX, STORE_KEY_BYTES_MAX
 from aspenfs.runtime import longkeys
 from aspenfs.runtime.longkeys import CHUNK, Databases
+from aspenfs.runtime.mapped import MappedFile, mapped_bytes
 
 FORMAT = b"\x01"
 MAP_BYTES = 1 << 40  # address space, not disk: the file is as large as what is in it
@@ -229,6 +230,12 @@ class StateDb:
         return written
 
     # --- looking after it ---
+
+    def give_back_pages(self) -> None:
+        """Keeps what this process holds of the map small; cheap when there is nothing to do."""
+        if mapped_bytes() > MAPPED_BYTES_MAX:
+            # Looked up anew: LMDB may have mapped the file elsewhere since.
+            MappedFile(os.path.join(self._path, "data.mdb")).give_back()
 
     def size_bytes(self) -> int:
         """Bytes of the file that are in use or free for reuse; it never shrinks."""

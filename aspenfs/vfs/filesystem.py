@@ -20,6 +20,7 @@ from aspenfs.vfs.tree import Attr, Caller, Listing, OpenFile, SetAttr, Tree, Usa
 ROOT_INODE: Final = 1
 NODE_BITS: Final = 48
 NODE_MASK: Final = (1 << NODE_BITS) - 1
+KNOWN_KEPT: Final = 1 << 16  # inodes for which the table's memory is kept, whatever the kernel forgets
 
 
 class RootTree(Tree):
@@ -65,6 +66,7 @@ class FileSystem:
         self.root: tuple[Tree, int] = (self.root_tree, ROOT_INODE)
         self.root_number = ROOT_INODE  # what the root would be called, were it not the root
         self.known: dict[int, int] = {}  # inode number -> lookup count
+        self._most_known = 0  # since it was last made anew
         self.open_counts: dict[int, int] = {}
         self.handles: dict[int, Handle] = {}
         self.next_handle = 1
@@ -121,7 +123,11 @@ class FileSystem:
         if left > 0:
             self.known[ino] = left
             return
+        self._most_known = max(self._most_known, len(self.known))
         self.known.pop(ino, None)
+        if self._most_known > KNOWN_KEPT and len(self.known) < self._most_known >> 2:
+            self.known = dict(self.known)  # a dict gives no memory back by itself
+            self._most_known = len(self.known)
         if ino not in self.open_counts:
             tree, node = self.locate(ino)
             tree.forgotten(node)

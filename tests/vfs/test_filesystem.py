@@ -1,10 +1,12 @@
 """Inode numbers, lookup counts and handles, over real trees in memory."""
 
+import sys
+
 import pytest
 import trio
 
 from aspenfs import errors
-from aspenfs.vfs.filesystem import ROOT_INODE, FileSystem
+from aspenfs.vfs.filesystem import KNOWN_KEPT, ROOT_INODE, FileSystem
 from tests.filesystem.volumes import CALLER, Setup, run
 
 
@@ -106,3 +108,15 @@ def test_names_and_opens_wait_for_the_barrier() -> None:
         assert len(waits) == before + 3
 
     run(test)
+
+
+def test_what_the_kernel_forgets_takes_no_memory() -> None:
+    fs = FileSystem([Setup().tree], 1)
+    inodes = range(1 << 48, (1 << 48) + 3 * KNOWN_KEPT)
+    for ino in inodes:
+        fs.remember(ino)
+    most = sys.getsizeof(fs.known)
+    for ino in inodes[:-10]:
+        fs.forget(ino, 1)
+    assert list(fs.known) == list(inodes[-10:])
+    assert sys.getsizeof(fs.known) < most // 4
