@@ -324,8 +324,11 @@ class Differential:
 
         def call(root: str) -> Outcome:
             descriptor = os.open(root + path, os.O_RDONLY | os.O_NONBLOCK)
-            with os.fdopen(descriptor, "rb") as file:
-                return file.read()
+            try:  # fdopen leaves the descriptor of a directory open, and raises
+                with os.fdopen(descriptor, "rb", closefd=False) as file:
+                    return file.read()
+            finally:
+                os.close(descriptor)
 
         self.both(f"read {path}", call)
 
