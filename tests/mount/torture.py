@@ -163,7 +163,10 @@ class Torture:
         assert wait_for(has_begun, WAIT_S)
         time.sleep(self.rng.random() * 0.2)  # no wait for anything: the moment of the kill is the lot drawn
         self.mount.pid = int((self.mount.state / "daemon.pid").read_text())
-        assert alive(self.mount.pid)
+        if not alive(self.mount.pid):
+            told = starting.communicate(timeout=WAIT_S)[1].decode()
+            log = self.mount.new_log()[-3000:]
+            raise Damaged(f"round {self.number}: no start after a kill: {told}\n{log}")
         self.mount.kill()
         starting.communicate(timeout=WAIT_S)
 
