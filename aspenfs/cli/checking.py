@@ -24,6 +24,7 @@ from aspenfs.runtime.host import NodeStore
 from aspenfs.runtime.system import SystemClock, SystemEntropy
 
 BLOBS_A_TURN = 100  # looked for by the online check between two turns of others
+APPLIED_WITHIN_S = 60.0  # a committed change is in the state database within a second as a rule
 PASSES_MAX = 8  # a repair may uncover what it hid; each pass mends what the last one left
 
 
@@ -142,6 +143,12 @@ class OnlineCheck:
             self._running = False
 
     async def _check(self, call: Call) -> dict[str, int]:
+        # What is looked at is the state database: what was written before this call must be in it.
+        revision = await self.store.committed()
+        with trio.move_on_after(APPLIED_WITHIN_S) as waiting:
+            await self.store.applied(revision)
+        if waiting.cancelled_caught:
+            raise errors.Busy("the state does not follow the log: is the disk full? see aspen status")
         try:
             keys = (await trio.to_thread.run_sync(self.store.verify)).keys
         except errors.Corrupt as error:

@@ -305,6 +305,15 @@ class NodeStore:
 
     # --- the Store port ---
 
+    async def applied(self, revision: int) -> None:
+        """Waits until the state database has everything up to `revision`, which is committed."""
+        if not self._syncer.running:
+            self.apply()
+        while self._state.applied_index < revision:
+            if self._failure is not None:
+                self._raise_failure()
+            await trio.sleep(0.02)
+
     @property
     def syncing(self) -> bool:
         """Whether the sync thread has work: somebody waits for it."""

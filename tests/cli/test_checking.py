@@ -74,7 +74,12 @@ def test_bytes_that_are_lost_are_found_and_those_that_nobody_names_any_more_are_
         await check.handle(call)
         assert [item[:2] for item in items] == [["files", key[3:].hex()]]
         items.clear()
-        await node.volume.txn([], [merge(key, add(0, -1))])  # newer than the snapshot
+
+        async def began_before(revision: int) -> None:
+            """The changes that come now are newer than the snapshot, as if made during the check."""
+
+        node.store.applied = began_before  # type: ignore[method-assign]
+        await node.volume.txn([], [merge(key, add(0, -1))])
         await check.handle(call)
         assert items == []
         await node.volume.txn([], [delete(key)])

@@ -430,3 +430,15 @@ def test_aspen_sync_waits_until_everything_is_committed(mount: Mount) -> None:
         written = figures()["revision"]
         told = json.loads(mount.aspen("sync", "--json"))["revision"]
         assert figures()["durable"] >= told >= written
+
+
+def test_the_online_check_looks_at_what_was_just_written(own_mount: Mount) -> None:
+    """Also right after a recovery, when the state database does not have the log's tail yet."""
+    files = own_mount.mountpoint / "files"
+    for number in range(50):
+        (files / f"f{number}").write_bytes(b"x" * 20_000)
+    assert json.loads(own_mount.aspen("check", "--json"))["totals"]["inodes"] == 51
+    own_mount.kill()
+    own_mount.start()
+    totals = json.loads(own_mount.aspen("check", "--json"))["totals"]
+    assert (totals["inodes"], totals["chunks"]) == (51, 1)
