@@ -204,7 +204,7 @@ class Content:
             if grown is not None:
                 return grown
         if small:
-            operations.append((1, extent_key(node, start), b"\0" + data, 0, None))
+            operations.append(put(extent_key(node, start), b"\0" + data))
             return operations, allocated + len(data), None
         digest = self._pin(data)
         references.change(digest, 1)

@@ -85,7 +85,8 @@ class Volume:
             raise errors.NotADirectory(f"inode {node}")
         return inode
 
-    def txn(self, compares: Sequence[Compare], then: Sequence[Operation]):  # type: ignore[no-untyped-def]
+    def txn(self, compares: Sequence[Compare], then: Sequence[Operation]) -> Awaitable[TxnResult]:
+        """A transaction that observers know to be this mount's own."""
         return self.store.txn(compares, then, origin=self)
 
     def unreference(self, digests: Iterable[bytes]) -> None:
@@ -109,5 +110,3 @@ async def _no_pause() -> None:
 def conflict(what: str) -> errors.Conflict:
     return errors.Conflict(f"{what}: changed by others {ATTEMPTS} times in a row")
 
-
-__all__ = ["ATTEMPTS", "Blobs", "TxnResult", "Volume", "conflict"]
