@@ -9,8 +9,9 @@ every host and never reused. Names are bytes. All methods raise `aspenfs.errors`
 not need the network must not suspend: the fast path of the daemon depends on it.
 """
 
+import os
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from aspenfs import errors
 from aspenfs.kv.types import Event
@@ -74,6 +75,25 @@ class Touched(NamedTuple):
     data: bool = False  # pages too, not attributes only
     parent: int | None = None
     name: bytes = b""
+
+
+PAGE_BYTES: Final = 4096
+
+
+def is_write_back(flags: int, offset: int, length: int, size: int) -> bool:
+    """Whether a write by a handle opened with `flags` is the kernel writing a mapping's pages back, by
+    whichever handle the file of `size` bytes has: such a write has its place, also on one that appends.
+
+    An append of this mount comes with the size as its offset, pages lie before the end. Only an append that
+    another host has overtaken can look the same, if it is of whole pages at a page's start. pyfuse3 does
+    not show the flag by which the kernel tells the two apart.
+    """
+    return (
+        flags & os.O_ACCMODE == os.O_RDWR  # others cannot be mapped for writing
+        and offset < size
+        and offset % PAGE_BYTES == 0
+        and (length % PAGE_BYTES == 0 or offset + length == size)
+    )
 
 
 class OpenFile:

@@ -20,12 +20,21 @@ from aspenfs.filesystem.namespace import Namespace, Removed
 from aspenfs.filesystem.volume import Volume
 from aspenfs.kv.types import Event
 from aspenfs.limits import TXN_OPS_MAX
-from aspenfs.vfs.tree import Attr, Caller, Listing, OpenFile, SetAttr, Touched, Tree, Usage
+from aspenfs.vfs.tree import (
+    Attr,
+    Caller,
+    Listing,
+    OpenFile,
+    SetAttr,
+    Touched,
+    Tree,
+    Usage,
+    is_write_back,
+)
 
 DAY_NS: Final = 24 * 3600 * 10**9
 INODES_MAX: Final = (1 << 48) - 1
 LISTING_BATCH: Final = 512
-PAGE: Final = 4096
 SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
 
 
@@ -304,12 +313,10 @@ class FilesTree(Tree):
 class OpenInode(OpenFile):
     """An open regular file."""
 
-    __slots__ = ("appending", "mappable", "node", "tree")
+    __slots__ = ("flags", "node", "tree")
 
     def __init__(self, tree: FilesTree, node: int, flags: int) -> None:
-        self.tree, self.node = tree, node
-        self.appending = bool(flags & os.O_APPEND)
-        self.mappable = flags & os.O_ACCMODE == os.O_RDWR  # a shared mapping needs both (mmap(2))
+        self.tree, self.node, self.flags = tree, node, flags
 
     async def read(self, offset: int, size: int) -> bytes:
         tree = self.tree
@@ -320,19 +327,12 @@ class OpenInode(OpenFile):
 
     async def write(self, offset: int, data: bytes) -> int:
         at: int | None = offset
-        if self.appending and not (self.mappable and self._is_page(offset, len(data))):
-            at = None
+        if self.flags & os.O_APPEND:
+            size = self.tree.volume.inode(self.node).size
+            if not is_write_back(self.flags, offset, len(data), size):
+                at = None
         await self.tree.content.write(self.node, at, data)
         return len(data)
-
-    def _is_page(self, offset: int, length: int) -> bool:
-        """Whether this is the kernel writing a mapping's pages back, by whichever handle the file has.
-
-        An append of this mount comes with the size as its offset, pages lie before the end. Only an append
-        that another host has overtaken can look the same, if it is of whole pages at a page's start.
-        """
-        size = self.tree.volume.inode(self.node).size
-        return offset < size and offset % PAGE == 0 and (length % PAGE == 0 or offset + length == size)
 
     async def sync(self, data_only: bool) -> None:
         await self.tree.store.committed()

@@ -23,7 +23,7 @@ from aspenfs.kv.types import (
     set_attributes,
 )
 from aspenfs.limits import VALUE_BYTES_MAX
-from aspenfs.vfs.tree import OpenFile
+from aspenfs.vfs.tree import OpenFile, is_write_back
 from aspenfs.views.kv_attributes import stamp
 from aspenfs.views.kv_nodes import FileNode
 from aspenfs.views.kv_space import CONFLICTS_MAX, Change, KeySpace
@@ -57,11 +57,10 @@ async def truncate(space: KeySpace, node: FileNode, size: int) -> None:
 
 
 class KVFile(OpenFile):
-    __slots__ = ("appends", "node", "space", "waits")
+    __slots__ = ("flags", "node", "space", "waits")
 
     def __init__(self, space: KeySpace, node: FileNode, flags: int) -> None:
-        self.space, self.node = space, node
-        self.appends = bool(flags & os.O_APPEND)
+        self.space, self.node, self.flags = space, node, flags
         self.waits = bool(flags & os.O_DSYNC)  # O_SYNC contains it
 
     async def read(self, offset: int, size: int) -> bytes:
@@ -70,15 +69,18 @@ class KVFile(OpenFile):
     async def write(self, offset: int, data: bytes) -> int:
         """As much as a value can take, as POSIX has it for the file size limit; TooLarge if nothing."""
         space, node = self.space, self.node
-        if self.appends:
-            # The kernel's idea of the end may be old; the end is where it is at apply.
-            offset = len(space.content(node).value)
+        appends = False
+        if self.flags & os.O_APPEND:
+            size = len(space.content(node).value)
+            appends = not is_write_back(self.flags, offset, len(data), size)
+            if appends:
+                offset = size  # the kernel's idea of the end may be old; the end is where it is at apply
         room = VALUE_BYTES_MAX - offset
         if room < len(data):
             if room <= 0:
                 raise errors.TooLarge(f"a value has at most {VALUE_BYTES_MAX} bytes")
             data = data[:room]
-        written = append(data) if self.appends else patch(offset, data)
+        written = append(data) if appends else patch(offset, data)
         revision = await edit(space, node, written, set_attributes(stamp(space.clock.time_ns())))
         if self.waits and revision:
             await space.store.committed(revision)

@@ -1,5 +1,6 @@
 """kv/ through a shell and through `aspen kv`: each sees at once what the other wrote."""
 
+import mmap
 import os
 import subprocess
 from collections.abc import Callable
@@ -280,3 +281,16 @@ def test_the_root_holds_the_trees_and_nothing_else(mount: Mount) -> None:
     assert error(os.rename, root / "kv", root / "other") == "EROFS"
     assert error(os.chmod, root, 0o777) == "EROFS"
     assert len({os.stat(root / name).st_ino for name in ("cluster", "files", "kv")}) == 3
+
+
+def test_a_mapping_is_written_back_in_place_also_by_a_handle_that_appends(kv: Path) -> None:
+    path = kv / "mapped"
+    path.write_bytes(b"a" * 5000)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND)
+    with mmap.mmap(descriptor, 5000) as mapped:
+        mapped[10:15] = b"HELLO"
+        mapped.flush()
+    assert path.read_bytes() == b"a" * 10 + b"HELLO" + b"a" * 4985
+    os.write(descriptor, b"end")
+    os.close(descriptor)
+    assert path.read_bytes()[-4:] == b"aend"
