@@ -237,7 +237,8 @@ def abort(connection: int, *, fusectl: Path = FUSECTL) -> None:
 def set_read_ahead(directory: str | os.PathLike[str], kib: int) -> None:
     """Sets how far the kernel reads ahead on the mount at `directory`. For root; OSError where refused.
 
-    1024 makes one READ of 1 MiB out of eight, and cold sequential reads about a third faster.
+    1024 makes one READ of 1 MiB out of eight, and cold sequential reads about a third faster. Call it
+    when the mount has answered something: the daemon's reply to INIT lowers it to the kernel's default.
     """
     mount = find_mount(directory)
     if mount is None:
