@@ -186,7 +186,7 @@ def test_set_read_ahead_changes_the_mount_and_nothing_else(mountpoint: Path) -> 
     with ToyDaemon(mountpoint) as toy:
         found = mounts.find_mount(mountpoint)
         assert found is not None
-        toy.run_in_mount("os.statvfs(m)")  # the reply to INIT sets the read-ahead too: let it come first
+        toy.run_in_mount("os.stat(m)")  # the reply to INIT sets the read-ahead too: let it come first
         mounts.set_read_ahead(mountpoint, 1024)
         assert (mounts.BDI / f"0:{found.minor}" / "read_ahead_kb").read_text() == "1024\n"
     with pytest.raises(OSError, match="nothing is mounted here"):
