@@ -22,6 +22,10 @@ it is logged with its traceback and answered with EIO.
     │   ├── FutureRevision  EINVAL        ├── LeaseNotFound     ENOENT
     │   ├── TxnTooLarge     E2BIG         ├── Lagged            EOVERFLOW
     │   └── Overloaded      EAGAIN
+    ├── ClusterError                      (between the nodes of a cluster)
+    │   ├── NoQuorum        ETIMEDOUT     ├── NotLeader         EAGAIN
+    │   ├── OutcomeUnknown  EIO           ├── PeerRefused       ECONNREFUSED
+    │   └── PeerUnreachable EHOSTUNREACH
     ├── ControlError                      (between a daemon and its clients)
     │   ├── Unreachable     ENOTCONN      ├── ProtocolError     EPROTO
     │   └── RemoteFailure   EREMOTEIO
@@ -184,6 +188,44 @@ class Compacted(StoreError):
     def __init__(self, oldest: int) -> None:
         super().__init__(f"compacted: the oldest revision left is {oldest}")
         self.oldest = oldest
+
+
+class ClusterError(AspenError):
+    """Errors between the nodes of a cluster; every leaf sets its own errno."""
+
+
+class NoQuorum(ClusterError):
+    """A majority of the voters did not answer in time. What was proposed may still happen, or never."""
+
+    errno = _errno.ETIMEDOUT
+
+
+class NotLeader(ClusterError):
+    """Only the leader can do this; `leader` is who that is, as far as this node knows (0: nobody)."""
+
+    errno = _errno.EAGAIN
+
+    def __init__(self, message: str = "this node is not the leader", leader: int = 0) -> None:
+        super().__init__(message)
+        self.leader = leader
+
+
+class OutcomeUnknown(ClusterError):
+    """Whether the transaction was applied can not be known any more: look at the state."""
+
+    errno = _errno.EIO
+
+
+class PeerUnreachable(ClusterError):
+    """Another node does not answer."""
+
+    errno = _errno.EHOSTUNREACH
+
+
+class PeerRefused(ClusterError):
+    """Another node answers, and says no; the message has its reason."""
+
+    errno = _errno.ECONNREFUSED
 
 
 class ControlError(AspenError):

@@ -48,6 +48,21 @@ ATTRIBUTES_MAX = 64  # per record
 ATTRIBUTE_BYTES_MAX = 4 * KIB  # one value
 INODE_BLOCK = 4_096  # inode ids a host reserves at a time
 
+# --- consensus ---
+TICK_MS = 50  # the core's unit of time
+HEARTBEAT_TICKS = 2  # a leader's sign of life
+ELECTION_TICKS = 14  # silence after which a follower stands for election: 7 heartbeats; twice that at most
+PROPOSAL_TIMEOUT_MS = 10_000  # a proposal or read that has no majority by then fails with NoQuorum
+PROPOSALS_BYTES_MAX = 64 * MIB  # proposed here and not yet resolved; beyond it writers wait
+RAFT_APPEND_BYTES_MAX = 1 * MIB  # entries in one append message, or one entry that is larger
+RAFT_INFLIGHT_MESSAGES_MAX = 256  # appends on their way to one follower
+RAFT_INFLIGHT_BYTES_MAX = 16 * MIB  # and their bytes
+RAFT_UNCOMMITTED_BYTES_MAX = 64 * MIB  # in a leader's log behind its commit index; beyond it proposals wait
+RAFT_LOG_BYTES_MAX = 32 * MIB  # entries in memory for followers that lag; who lags more gets a snapshot
+PEER_REQUEST_BYTES_MAX = 4 * MIB  # one request or answer between nodes
+BLOB_PIN_S = 120  # a chunk pushed or asked for is spared by collection so long, whatever names it
+SNAPSHOT_AGE_MAX_S = 600  # a snapshot being sent pins pages of the state so long at most
+
 # --- control socket ---
 CONTROL_FRAME_BYTES_MAX = 4 * MIB  # one message: a transaction or one page of a listing
 CONTROL_ITEMS_MAX = 4_096  # of one array or map in a message; what a decoder may allocate at once
@@ -69,3 +84,7 @@ assert CONTROL_PAGE_BYTES + 2 * VALUE_BYTES_MAX < CONTROL_FRAME_BYTES_MAX  # a p
 assert TXN_BYTES_MAX * 2 < CONTROL_FRAME_BYTES_MAX
 assert max(CONTROL_PAGE_KEYS, TXN_OPS_MAX) <= CONTROL_ITEMS_MAX
 assert CHUNK_BYTES_MAX < BLOB_SEGMENT_BYTES < 1 << 32
+assert CHUNK_BYTES_MAX + 64 * KIB < PEER_REQUEST_BYTES_MAX
+assert PROPOSAL_TIMEOUT_MS < 1000 * BLOB_PIN_S / 4  # what a proposal names is there when it is applied
+assert HEARTBEAT_TICKS * 4 < ELECTION_TICKS
+assert TXN_BYTES_MAX + 16 < WAL_FRAME_BYTES_MAX < RAFT_INFLIGHT_BYTES_MAX
