@@ -26,6 +26,6 @@ def test_the_docstring_draws_every_leaf_with_its_errno() -> None:
     drawn = errors.__doc__ or ""
     for leaf in leaves(errors.AspenError):
         if leaf.__module__ == "aspenfs.errors":
-            word = re.search(rf"{leaf.__name__}\s+(E[A-Z0-9]+)", drawn)
+            word = re.search(rf"\b{leaf.__name__}\s+(E[A-Z0-9]+)", drawn)
             assert word is not None, leaf
             assert getattr(errno, word[1]) == leaf.errno, leaf
