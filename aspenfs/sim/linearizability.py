@@ -10,6 +10,7 @@ Belongs here: the search and what it found. The objects are `models.py`'s. The v
 the search was too long: it is not a pass, and callers must not take it for one.
 """
 
+from collections import deque
 from collections.abc import Hashable, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
@@ -122,10 +123,29 @@ class _Timeline:
             following[previous[one]] = previous[following[one]] = one
 
 
+class _Frame(NamedTuple):
+    """A choice that can be taken back: the call placed at `place`, and all as it was before."""
+
+    place: int
+    state: Any
+    placed: int
+    used: int
+    chain: tuple[int, ...]  # calls of unknown outcome that were placed just before it
+    waiting: "deque[_Loose]"
+
+
+class _Loose(NamedTuple):
+    """What calls of unknown outcome (`chain`) can make of a frame's state; `used`: all used up so far."""
+
+    state: Any
+    used: int
+    chain: tuple[int, ...]
+
+
 class _Search:
-    """One partition. A configuration is: the calls placed that returned, those placed that never did
-    (`loose`), and the state. A loose call is tried last and only if it changes the state, for it may
-    never have taken place."""
+    """One partition. A configuration is: the calls placed that returned, the state, and which of the calls
+    of unknown outcome (`loose`) were used up for it. Those are tried last, fewest first, and only where they
+    change the state, for they may never have taken place."""
 
     def __init__(self, operations: Sequence[Operation], model: Model) -> None:
         self.model = model
@@ -135,10 +155,10 @@ class _Search:
         self.line = _Timeline(self.known)
         self.steps = 0
         self.state: Any = model.initial()
-        self.placed = 0  # bit sets, by number in `known` and in `loose`
-        self.placed_loose = 0
-        # (place or -1 - number of a loose call, state, placed, placed_loose before it)
-        self.stack: list[tuple[int, Any, int, int]] = []
+        self.placed = self.used = 0  # bit sets, by number in `known` and in `loose`
+        self.chain: tuple[int, ...] = ()
+        self.waiting: deque[_Loose] = deque()
+        self.stack: list[_Frame] = []
         # By placed calls and state: the sets of loose calls with which that was seen. A configuration that
         # has used up more of them can do nothing that the one with fewer cannot.
         self.seen: dict[tuple[int, Hashable], list[int]] = {}
@@ -149,7 +169,6 @@ class _Search:
         line, known, model = self.line, self.known, self.model
         following, is_call, operation_at = line.next, line.is_call, line.operation
         place = following[0]
-        loose = 0  # the next loose call to try, once `place` is a return
         while following[0]:
             if self.steps > steps_max:
                 return self._told("unknown")
@@ -157,48 +176,49 @@ class _Search:
                 one = known[number := operation_at[place]]
                 self.steps += 1
                 fits, after = model.step(self.state, one, one.result)
-                if fits and self._is_new(placed := self.placed | 1 << number, after, self.placed_loose):
-                    self.stack.append((place, self.state, self.placed, self.placed_loose))
+                if fits and self._is_new(placed := self.placed | 1 << number, after, self.used):
+                    self._push(place)
                     self.state, self.placed = after, placed
-                    line.lift(place)
-                    place, loose = following[0], 0
+                    place = following[0]
                 else:
                     place = following[place]
                 continue
-            if self._place_loose(loose, known[operation_at[place]].returned):
-                place = following[0]
-                loose = 0
-                continue
-            # A return whose call is not placed: what was placed last was wrong, or came too early.
+            # A return whose call is not placed: what was placed last was wrong, or came too early, or a
+            # call of unknown outcome took place here.
             if len(self.stack) >= len(self.longest):
-                self.longest = [self._operation(mark) for mark, *_ in self.stack]
-                self.longest_state = self.state
-            if not self.stack:
-                return self._told("violation")
-            mark, self.state, self.placed, self.placed_loose = self.stack.pop()
-            if mark > 0:
-                line.unlift(mark)
-                place, loose = following[mark], 0
+                self.longest, self.longest_state = self._order(), self.state
+            self._expand(known[operation_at[place]].returned)
+            if self.waiting:
+                self.state, self.used, self.chain = self.waiting.popleft()
+                place = following[0]
+            elif self.stack:
+                place = following[self._pop()]
             else:
-                place, loose = self._first_return(), -mark
+                return self._told("violation")
         return Verdict("linearizable", steps=self.steps)
 
-    def _place_loose(self, start: int, before: float) -> bool:
-        """Places the next loose call from number `start` on that was made by time `before`."""
-        for number in range(start, len(self.loose)):
-            one = self.loose[number]
+    def _push(self, place: int) -> None:
+        self.stack.append(_Frame(place, self.state, self.placed, self.used, self.chain, self.waiting))
+        self.chain, self.waiting = (), deque()
+        self.line.lift(place)
+
+    def _pop(self) -> int:
+        place, self.state, self.placed, self.used, self.chain, self.waiting = self.stack.pop()
+        self.line.unlift(place)
+        return place
+
+    def _expand(self, before: float) -> None:
+        """Adds to `waiting` what one more loose call, made by time `before`, makes of the state."""
+        for number, one in enumerate(self.loose):
             if one.called > before:
-                return False
-            if self.placed_loose >> number & 1:
+                return
+            if self.used >> number & 1:
                 continue
             self.steps += 1
             fits, after = self.model.step(self.state, one, UNKNOWN)
-            used = self.placed_loose | 1 << number
+            used = self.used | 1 << number
             if fits and after != self.state and self._is_new(self.placed, after, used):
-                self.stack.append((-1 - number, self.state, self.placed, self.placed_loose))
-                self.state, self.placed_loose = after, used
-                return True
-        return False
+                self.waiting.append(_Loose(after, used, (*self.chain, number)))
 
     def _is_new(self, placed: int, state: Hashable, used: int) -> bool:
         sets = self.seen.setdefault((placed, state), [])
@@ -207,14 +227,12 @@ class _Search:
         sets.append(used)
         return True
 
-    def _first_return(self) -> int:
-        place = self.line.next[0]
-        while self.line.is_call[place]:
-            place = self.line.next[place]
-        return place
-
-    def _operation(self, mark: int) -> Operation:
-        return self.known[self.line.operation[mark]] if mark > 0 else self.loose[-1 - mark]
+    def _order(self) -> list[Operation]:
+        order = []
+        for frame in self.stack:
+            order += [self.loose[number] for number in frame.chain]
+            order.append(self.known[self.line.operation[frame.place]])
+        return order + [self.loose[number] for number in self.chain]
 
     def _told(self, outcome: Outcome) -> Verdict:
         placed = {id(one) for one in self.longest}
