@@ -5,10 +5,10 @@ nodes, and any replay, give the same effects for the same log. Belongs here: the
 the lease commands. Not here: transactions (`txn.py`), history, apply-once, durability.
 """
 
-from hashlib import blake2b
+from blake3 import blake3
 
 from aspenfs import errors
-from aspenfs.kv import commands, history, leases, once, records, txn
+from aspenfs.kv import commands, history, leases, once, records, rows, txn
 from aspenfs.kv.commands import TXN, Command
 from aspenfs.kv.leases import Lease
 from aspenfs.kv.state import Effect as Effect
@@ -99,9 +99,8 @@ def _end(state: State, index: int, ended: list[Lease], effects: list[Effect]) ->
 
 
 def state_hash(state: State) -> bytes:
-    """BLAKE2b-256 over every key and record, in key order: equal on all nodes that applied the same log."""
-    digest = blake2b(digest_size=32)
+    """The digest of all rows (`rows.py`): equal on all nodes that applied the same log. Walks everything."""
+    digest = blake3()
     for key, record in state.items(b"", b""):
-        packed = records.pack(record)
-        digest.update(len(key).to_bytes(4, "little") + key + len(packed).to_bytes(4, "little") + packed)
+        digest.update(rows.pack(key, records.pack(record)))
     return digest.digest()
