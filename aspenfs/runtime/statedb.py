@@ -10,19 +10,22 @@ Power loss may therefore undo the newest transaction, never more and never half;
 durable. `durable_index` is what survives in any case, and the only index below which the log may go.
 
 Threads: reads and `refresh` belong to one thread (the loop's), `apply` and `sync` to another (LMDB
-write transactions are bound to the thread that began them). One process, one environment.
+write transactions are bound to the thread that began them), a snapshot to whoever asked for it.
+One process, one environment a file.
 """
 
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import lmdb
 
-from aspenfs.errors import Corrupt, InvalidArgument, NoSpace, StorageError, SyncFailed
+from aspenfs.errors import Closed, Corrupt, InvalidArgument, NoSpace, StorageError, SyncFailed
 from aspenfs.kv import records
+from aspenfs.kv.rows import Row
 from aspenfs.kv.types import Record
 from aspenfs.limits import MAPPED_BYTES_MAX, STORE_KEY_BYTES_MAX
 from aspenfs.runtime import longkeys
@@ -32,6 +35,10 @@ from aspenfs.runtime.mapped import MappedFile, mapped_bytes
 FORMAT = b"\x01"
 MAP_BYTES = 1 << 40  # address space, not disk: the file is as large as what is in it
 SLICE_KEYS = 256  # written between two breaths of `apply`: about half a millisecond
+
+# What `apply` is handed as meta beside the applied index (docs/design/state-store.md).
+TERM = "term"  # of the entry at the applied index, 8 bytes, big-endian
+CONFIGURATION = "configuration"  # as of the applied index
 
 _FORMAT_KEY, _APPLIED_KEY = b"format", b"applied"
 _ADVICE = "restore the state directory from another node or a backup; the log alone may not reach back"
@@ -51,8 +58,8 @@ class Summary(NamedTuple):
 class StateDb:
     """The ordered map of the state machine, as of the last `refresh`; a `kv.machine.State`."""
 
-    __slots__ = ("_databases", "_env", "_free_bytes", "_generation", "_get", "_in_doubt", "_path", "_root",
-                 "_txn", "_written_index", "applied_index", "durable_index")  # fmt: skip
+    __slots__ = ("_databases", "_env", "_environment", "_free_bytes", "_generation", "_get", "_in_doubt",
+                 "_path", "_root", "_txn", "_written_index", "applied_index", "durable_index")  # fmt: skip
 
     def __init__(self, path: str | os.PathLike[str], *, map_bytes: int = MAP_BYTES,
                  readonly: bool = False, free_bytes: Callable[[], int] | None = None) -> None:
@@ -79,6 +86,7 @@ class StateDb:
         open_db = self._env.open_db
         self._databases = Databases(open_db(b"root"), open_db(b"nodes"), open_db(b"meta"))
         self._root = self._databases.root
+        self._environment = _Environment(self._env, self._databases)
         if new:
             with self._env.begin(write=True) as txn:
                 txn.put(_FORMAT_KEY, FORMAT, db=self._databases.meta)
@@ -243,9 +251,20 @@ class StateDb:
 
     @contextmanager
     def snapshot(self) -> Iterator["Snapshot"]:
-        """What is applied now, standing still, for a walk in any thread. It pins pages: end it soon."""
-        with self._env.begin(db=self._root) as txn:
-            yield Snapshot(txn, self._databases)
+        """What is applied now, standing still, for a walk in any thread. It pins pages: end it soon.
+
+        It stays what it is when the state goes on as another one (`adopt`). Closed.
+        """
+        environment = self._environment
+        while not environment.take():
+            if environment is self._environment:
+                raise Closed(f"{self._path}: the state is closed")
+            environment = self._environment  # another one was adopted in between
+        try:
+            with environment.lmdb.begin(db=environment.databases.root) as txn:
+                yield Snapshot(txn, environment.databases)
+        finally:
+            environment.drop()
 
     def verify(self) -> Summary:
         """Walks over everything in a snapshot of its own; Corrupt names the first thing that is wrong.
@@ -254,16 +273,17 @@ class StateDb:
         else links, and that no node is without a link. Callable from any thread.
         """
         try:
-            with self._env.begin(db=self._root) as txn:
-                return self._verified(txn)
+            with self.snapshot() as snapshot:
+                return self._verified(snapshot)
         except lmdb.Error as error:
             raise _translated(error, self._path) from error
 
-    def _verified(self, txn: longkeys.Transaction) -> Summary:
+    def _verified(self, snapshot: "Snapshot") -> Summary:
+        txn, databases = snapshot.txn, snapshot.databases
         keys = value_bytes = 0
         linked: set[bytes] = set()
         entered: set[bytes] = set()
-        for database, skip in ((self._databases.root, 0), (self._databases.nodes, longkeys.NODE_ID_BYTES)):
+        for database, skip in ((databases.root, 0), (databases.nodes, longkeys.NODE_ID_BYTES)):
             with txn.cursor(database) as cursor:
                 for key, raw in cursor.iternext():
                     if skip:
@@ -283,36 +303,112 @@ class StateDb:
             node = min(linked ^ entered)
             cause = "a link without its node" if node in linked else "a node without a link"
             raise self._corrupt(node, cause)
-        if linked and int.from_bytes(max(linked), "big") > longkeys.last_node(txn, self._databases.meta):
+        if linked and int.from_bytes(max(linked), "big") > longkeys.last_node(txn, databases.meta):
             raise self._corrupt(max(linked), "a node newer than the newest one")
-        applied = int.from_bytes(txn.get(_APPLIED_KEY, b"", db=self._databases.meta), "big")
-        return Summary(applied, keys, value_bytes, len(linked))
+        return Summary(snapshot.applied_index, keys, value_bytes, len(linked))
 
     def _corrupt(self, key: bytes, cause: str) -> Corrupt:
         return Corrupt(os.path.join(self._path, "data.mdb"), 0, f"key {key[:80].hex()}: {cause}", _ADVICE)
 
+    def adopt(self, newer: "StateDb") -> None:
+        """Goes on as `newer`, which is of no use afterwards: a snapshot from another node has taken this
+        state's place. The loop's thread; nothing may be applied meanwhile. Walks go on from their key
+        in the new state. The files of the old one are closed once no snapshot of it is open.
+        """
+        self._txn.abort()
+        self._environment.retire()
+        self._env, self._databases, self._root = newer._env, newer._databases, newer._root
+        self._environment, self._path = newer._environment, newer._path
+        self._written_index, self._in_doubt = newer._written_index, newer._in_doubt
+        self.durable_index = newer.durable_index
+        newer._txn.abort()
+        self._generation += 1
+        self._begin()
+
     def close(self) -> None:
-        """Ends reads; does not sync. The applier's thread must be done. Idempotent."""
+        """Ends reads; does not sync. The applier's thread must be done. Idempotent.
+
+        The files are closed once no snapshot is open any more.
+        """
         self._txn.abort()
         self._generation += 1
-        self._env.close()
+        self._environment.retire()
+
+
+class _Environment:
+    """An LMDB environment that stays open until it is retired and no snapshot needs it. Thread-safe."""
+
+    __slots__ = ("_lock", "_retired", "_snapshots", "databases", "lmdb")
+
+    def __init__(self, environment: lmdb.Environment, databases: Databases) -> None:
+        self.lmdb, self.databases = environment, databases
+        self._lock = threading.Lock()
+        self._snapshots = 0
+        self._retired = False
+
+    def take(self) -> bool:
+        """For one snapshot more; False once it is retired."""
+        with self._lock:
+            if not self._retired:
+                self._snapshots += 1
+            return not self._retired
+
+    def drop(self) -> None:
+        with self._lock:
+            self._snapshots -= 1
+            if self._retired and not self._snapshots:
+                self.lmdb.close()
+
+    def retire(self) -> None:
+        with self._lock:
+            self._retired = True
+            if not self._snapshots:
+                self.lmdb.close()
 
 
 class Snapshot:
-    """The applied state at one moment. To be used by one thread."""
+    """The applied state at one moment. To be used by one thread at a time."""
 
-    __slots__ = ("_databases", "_txn")
+    __slots__ = ("databases", "txn")
 
     def __init__(self, txn: longkeys.Transaction, databases: Databases) -> None:
-        self._txn, self._databases = txn, databases
+        self.txn, self.databases = txn, databases
+
+    @property
+    def applied_index(self) -> int:
+        return int.from_bytes(self.txn.get(_APPLIED_KEY, b"", db=self.databases.meta), "big")
+
+    @property
+    def term(self) -> int:
+        """Of the entry at the applied index; 0 in an empty state."""
+        raw = self.meta(TERM)
+        # A node of the releases that knew no other node wrote none: its log has term 1 throughout.
+        return int.from_bytes(raw, "big") if raw is not None else min(1, self.applied_index)
+
+    def meta(self, name: str) -> bytes | None:
+        """As `StateDb.meta`."""
+        return self.txn.get(name.encode(), db=self.databases.meta)
 
     def get(self, key: bytes) -> Record | None:
-        raw = self._txn.get(key) if 0 < len(key) < CHUNK else longkeys.get(self._txn, self._databases, key)
+        raw = self.txn.get(key) if 0 < len(key) < CHUNK else longkeys.get(self.txn, self.databases, key)
         return None if raw is None else records.unpack(raw)
 
     def scan(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, Record]]:
-        for key, raw in longkeys.forward(self._txn, self._databases, start, end or None):
+        for key, raw in longkeys.forward(self.txn, self.databases, start, end or None):
             yield key, records.unpack(raw)
+
+    def rows(self, after: bytes = b"") -> Iterator[Row]:
+        """Keys above `after` with their packed records, in order."""
+        return longkeys.forward(self.txn, self.databases, after + b"\0" if after else b"", None)
+
+    def size(self) -> tuple[int, int]:
+        """(rows, bytes), both about: parts of long keys count as rows, space within pages as bytes."""
+        entries = pages = 0
+        for database in (self.databases.root, self.databases.nodes):
+            stat = self.txn.stat(database)
+            entries += stat["entries"]
+            pages += stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
+        return entries, pages * stat["psize"]
 
 
 def _translated(error: lmdb.Error, path: str) -> Exception:
