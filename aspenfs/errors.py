@@ -25,7 +25,10 @@ it is logged with its traceback and answered with EIO.
     ├── ClusterError                      (between the nodes of a cluster)
     │   ├── NoQuorum        ETIMEDOUT     ├── NotLeader         EAGAIN
     │   ├── OutcomeUnknown  EIO           ├── PeerRefused       ECONNREFUSED
-    │   └── PeerUnreachable EHOSTUNREACH
+    │   ├── PeerUnreachable EHOSTUNREACH  ├── IdentityLost      ESTALE
+    │   ├── TicketMalformed EINVAL        ├── TicketExpired     EKEYEXPIRED
+    │   ├── TicketUnknown   ENOKEY        ├── TicketUsed        EKEYREVOKED
+    │   └── ForeignCluster  EKEYREJECTED
     ├── ControlError                      (between a daemon and its clients)
     │   ├── Unreachable     ENOTCONN      ├── ProtocolError     EPROTO
     │   └── RemoteFailure   EREMOTEIO
@@ -226,6 +229,40 @@ class PeerRefused(ClusterError):
     """Another node answers, and says no; the message has its reason."""
 
     errno = _errno.ECONNREFUSED
+
+
+class IdentityLost(ClusterError):
+    """A state directory has a member's certificate but not what that member had promised to keep."""
+
+    errno = _errno.ESTALE
+
+
+class TicketMalformed(ClusterError):
+    """The text is not a join ticket, or a part of it is missing."""
+
+    errno = _errno.EINVAL
+
+
+class TicketExpired(ClusterError):
+    errno = _errno.EKEYEXPIRED
+
+
+class TicketUsed(ClusterError):
+    """Another node has joined with this ticket already."""
+
+    errno = _errno.EKEYREVOKED
+
+
+class TicketUnknown(ClusterError):
+    """The cluster knows no such ticket: it was withdrawn, or expired long ago."""
+
+    errno = _errno.ENOKEY
+
+
+class ForeignCluster(ClusterError):
+    """Who answers does not belong to the cluster that was expected."""
+
+    errno = _errno.EKEYREJECTED
 
 
 class ControlError(AspenError):

@@ -63,6 +63,37 @@ PEER_REQUEST_BYTES_MAX = 4 * MIB  # one request or answer between nodes
 BLOB_PIN_S = 120  # a chunk pushed or asked for is spared by collection so long, whatever names it
 SNAPSHOT_AGE_MAX_S = 600  # a snapshot being sent pins pages of the state so long at most
 
+# --- between nodes ---
+PEER_PORT = 7420
+PEER_FRAME_BYTES_MAX = PEER_REQUEST_BYTES_MAX + 64 * KIB  # what may be sent in one piece
+PEER_GREETING_BYTES_MAX = 16 * KIB  # of a frame from who has not said yet who it is
+PEER_ITEMS_MAX = 128 * KIB  # of one array or map in a frame; what a decoder may allocate at once
+PEER_BATCH_BYTES = 1 * MIB  # of what waits, sent in one go; what comes after it waits no longer than that
+PEER_QUEUE_BYTES_MAX = 32 * MIB  # Raft messages waiting for one peer; beyond it they are dropped
+PEER_REQUESTS_MAX = 64  # under way on one link; more wait their turn
+PEER_REQUESTS_BYTES_MAX = 16 * MIB  # and their bytes
+PEER_SMALL_REQUEST_BYTES = 64 * KIB  # a larger one goes over the bulk link, whatever its kind
+PEER_STRANGERS_MAX = 64  # connections that have not said yet who they are; the oldest makes room
+PEER_HANDSHAKE_S = 5  # until then a connection has said who it is, or is closed
+PEER_CONNECT_S = 2  # for one address
+PEER_PING_MS = 1_000  # a link says something at least this often
+PEER_IDLE_MS = 4_000  # a link that heard nothing for so long is dead
+PEER_BACKOFF_MS_MIN, PEER_BACKOFF_MS_MAX = 50, 1_000  # between attempts to connect, half of it random
+PEER_LINK_BYTES_MAX = 128 * GIB  # then a new connection: one AES-GCM key is good for 388 GB (RFC 8446 §5.5)
+PEER_LINK_S_MAX = 86_400  # and after this time: certificates are looked at again
+PEER_ADDRESSES_MAX = 8  # of one node
+PEER_ADDRESS_BYTES_MAX = 270  # a DNS name of 253 bytes, its port, brackets
+NODE_NAME_BYTES_MAX = 64  # as host names of Linux
+MEMBERS_MAX = 64  # that are not removed; each mount is one
+TICKET_TTL_S_MAX = 30 * 86_400
+TICKET_KEPT_S = 7 * 86_400  # an expired ticket is known as such so long
+TICKETS_MAX = 1_000  # open at the same time
+JOIN_FAILURES_MAX = 10  # wrong secrets from one address in a row; then one every JOIN_FAILURE_S
+JOIN_FAILURE_S = 6
+CERTIFICATE_S = 365 * 86_400  # of a node; renewed when two thirds are over
+CA_CERTIFICATE_S = 20 * 365 * 86_400
+CERTIFICATE_SKEW_S = 3_600  # a certificate begins so long before it was made: clocks differ
+
 # --- control socket ---
 CONTROL_FRAME_BYTES_MAX = 4 * MIB  # one message: a transaction or one page of a listing
 CONTROL_ITEMS_MAX = 4_096  # of one array or map in a message; what a decoder may allocate at once
@@ -88,3 +119,6 @@ assert CHUNK_BYTES_MAX + 64 * KIB < PEER_REQUEST_BYTES_MAX
 assert PROPOSAL_TIMEOUT_MS < 1000 * BLOB_PIN_S / 4  # what a proposal names is there when it is applied
 assert HEARTBEAT_TICKS * 4 < ELECTION_TICKS
 assert TXN_BYTES_MAX + 16 < WAL_FRAME_BYTES_MAX < RAFT_INFLIGHT_BYTES_MAX
+assert WAL_FRAME_BYTES_MAX < PEER_FRAME_BYTES_MAX < PEER_REQUESTS_BYTES_MAX < PEER_QUEUE_BYTES_MAX
+assert RAFT_INFLIGHT_BYTES_MAX < PEER_QUEUE_BYTES_MAX  # flow control acts first
+assert 3 * PEER_PING_MS < PEER_IDLE_MS

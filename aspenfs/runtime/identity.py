@@ -1,6 +1,16 @@
-"""Which cluster and node a state directory belongs to: `cluster.json`, written once, durably.
+"""Who a state directory is: cluster, node, birth mark, incarnation. Small files, each written durably and whole.
 
-    {"format": 1, "cluster_id": 32 hex digits, "name": the cluster's name, "node_id": 1}
+    cluster.json   {"format": 1, "cluster_id": 32 hex digits, "name": the cluster's name, "node_id": 1}; written once
+    incarnation    {"format": 1, "incarnation": n}: how often a node started here
+    wal/born       32 hex digits and a newline: the birth mark; written once
+    node.key, node.crt, ca.crt, ca.key   what peers/ca.py makes, PEM
+
+The *birth mark* is drawn once for a log and lies beside it, so that it goes when the log goes. The node's
+certificate and its row among the members name it too: who lost the log cannot come back under the old id,
+because it may have forgotten a vote or entries that it had promised to keep (Raft §5.2, §5.4).
+
+Belongs here: reading and writing these files. Not here: what certificates mean (`peers/ca.py`), and who
+compares marks and incarnations of others (`peers/`).
 """
 
 import json
@@ -8,13 +18,20 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aspenfs.errors import Corrupt, InvalidArgument
+from aspenfs.errors import Corrupt, IdentityLost, InvalidArgument
 from aspenfs.seams import Entropy
 
 FILE_NAME = "cluster.json"
 FORMAT = 1
 CLUSTER_ID_BYTES = 16
 CLUSTER_NAME_BYTES_MAX = 64  # it stands in /etc/fstab and in the mount table
+
+INCARNATION_FILE = "incarnation"
+INCARNATION_MAX = (1 << 24) - 1  # proposals are numbered incarnation << 40 | count in 64 bits
+BORN_FILE = "wal/born"
+BORN_BYTES = 16
+NODE_KEY_FILE, NODE_CERTIFICATE_FILE = "node.key", "node.crt"
+CA_BUNDLE_FILE, CA_KEY_FILE = "ca.crt", "ca.key"
 
 _ADVICE = "restore it from a backup; the cluster id also stands in the head of each file in wal/"
 
@@ -47,24 +64,123 @@ def read(directory: Path) -> Identity | None:
 
 def create(directory: Path, name: str, entropy: Entropy) -> Identity:
     """Makes a new cluster of one node here: all or nothing, durable when this returns."""
+    identity = Identity(entropy.random_bytes(CLUSTER_ID_BYTES), name, 1)
+    write(directory, identity)
+    return identity
+
+
+def write(directory: Path, identity: Identity) -> None:
+    """Makes the directory this node's: all or nothing, durable when this returns."""
+    check_name(identity.name)
+    fields = {"format": FORMAT, "cluster_id": identity.cluster_id.hex(), "name": identity.name,
+              "node_id": identity.node_id}  # fmt: skip
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_file(directory / FILE_NAME, json.dumps(fields).encode() + b"\n")
+    _sync_directory(directory.parent)
+
+
+def check_name(name: str) -> None:
+    """InvalidArgument for what cannot be a cluster's name."""
     size = len(name.encode())
     if not 1 <= size <= CLUSTER_NAME_BYTES_MAX or not name.isprintable() or {*"/: ,"} & {*name}:
         wanted = f"1 to {CLUSTER_NAME_BYTES_MAX} bytes without / : , or space"
         raise InvalidArgument(f"cluster name {name!r}: {wanted}")
-    identity = Identity(entropy.random_bytes(CLUSTER_ID_BYTES), name, 1)
-    fields = {"format": FORMAT, "cluster_id": identity.cluster_id.hex(), "name": name, "node_id": 1}
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    draft = directory / f"{FILE_NAME}.new"
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+
+
+# --- the birth mark ---
+
+
+def born(directory: Path) -> bytes | None:
+    """The birth mark of the log in `directory`; None if it has none. Corrupt if it cannot be understood."""
+    path = directory / BORN_FILE
+    try:
+        text = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        mark = bytes.fromhex(text.decode("ascii"))
+    except ValueError:
+        mark = b""
+    if len(mark) != BORN_BYTES:
+        raise Corrupt(str(path), 0, "not a birth mark", "join the cluster again with an empty state directory")
+    return mark
+
+
+def give_birth(directory: Path, entropy: Entropy) -> bytes:
+    """The birth mark, drawn now if there is none. Only for a log that no certificate names yet."""
+    mark = born(directory)
+    if mark is None:
+        mark = entropy.random_bytes(BORN_BYTES)
+        log = (directory / BORN_FILE).parent
+        log.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_file(directory / BORN_FILE, mark.hex().encode() + b"\n")
+        _sync_directory(directory)
+    return mark
+
+
+def check_born(directory: Path, expected: bytes) -> None:
+    """IdentityLost unless the log here is the one that was there when `expected` was certified."""
+    if born(directory) != expected:
+        raise IdentityLost(
+            f"{directory} has the certificate of a cluster member, but not the log that belongs to it: the "
+            "disk was replaced, or the log was removed. A node that has forgotten its votes must not come "
+            "back under its old id: remove the old member (`aspen member remove`), empty the directory, and "
+            "join again with a new ticket")  # fmt: skip
+
+
+# --- the incarnation ---
+
+
+def incarnation(directory: Path) -> int:
+    """How often a node started here so far. Corrupt if the file cannot be understood."""
+    path = directory / INCARNATION_FILE
+    try:
+        fields: Any = json.loads(path.read_bytes())
+        number = fields["incarnation"] if fields["format"] == FORMAT else None
+    except FileNotFoundError:
+        return 0
+    except (ValueError, KeyError, TypeError):
+        number = None
+    if type(number) is not int or not 0 < number <= INCARNATION_MAX:
+        advice = "write the number of the member's row (`aspen member list`), or any greater one, into it"
+        raise Corrupt(str(path), 0, "not an incarnation", advice)
+    return number
+
+
+def begin_incarnation(directory: Path) -> int:
+    """The number of the life that begins now, from 1; durable when this returns."""
+    number = incarnation(directory) + 1
+    if number > INCARNATION_MAX:
+        raise InvalidArgument(f"{directory} has seen {INCARNATION_MAX} starts: join again with a new ticket")
+    write_file(directory / INCARNATION_FILE, json.dumps({"format": FORMAT, "incarnation": number}).encode() + b"\n")
+    return number
+
+
+# --- files ---
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Replaces `path` by `data`, readable by its owner alone: old or new, never half; durable on return."""
+    draft = path.with_name(f"{path.name}.new")
+    draft.unlink(missing_ok=True)  # it may have been left with another mode
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
-        file.write(json.dumps(fields).encode() + b"\n")
+        file.write(data)
         file.flush()
         os.fsync(descriptor)
-    draft.rename(directory / FILE_NAME)
-    for path in (directory, directory.parent):
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    return identity
+    draft.rename(path)
+    _sync_directory(path.parent)
+
+
+def remove_file(path: Path) -> None:
+    """Durably gone on return; no error if it was not there."""
+    path.unlink(missing_ok=True)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
