@@ -14,7 +14,7 @@ The deque between them needs no lock: one thread appends, the other takes from t
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
 
 from aspenfs.errors import NoSpace
@@ -36,11 +36,14 @@ class Applier:
     """Carries committed effects into `state`."""
 
     def __init__(self, state: StateDb, applied: Callable[[list[int]], object],
-                 stalled: Callable[[NoSpace], object], failed: Callable[[BaseException], object]) -> None:
+                 stalled: Callable[[NoSpace], object], failed: Callable[[BaseException], object],
+                 meta_at: Callable[[int], Mapping[str, bytes]] | None = None) -> None:
         """In the loop's thread: `applied` gets the steps of a batch, the last one its applied index,
         and is called after a sync;
-        `stalled` the reason why there will be none for a while; `failed` what ended the thread."""
-        self._state = state
+        `stalled` the reason why there will be none for a while; `failed` what ended the thread.
+        `meta_at`, in any thread, tells what the state keeps beside the entries up to an index."""
+        self.state = state
+        self._meta_at = meta_at or _no_meta
         self._applied, self._stalled, self._failed = applied, stalled, failed
         self._backlog: deque[tuple[int, Effects]] = deque()
         self._queue: SimpleQueue[int] = SimpleQueue()  # wakes the thread: _APPLY, _SYNC or _STOP
@@ -92,7 +95,7 @@ class Applier:
         while batch := self._next_batch(upto):
             items, batch_steps = batch
             try:
-                self._state.apply(items, batch_steps[-1])
+                self.state.apply(items, batch_steps[-1], self._meta_at(batch_steps[-1]))
             except NoSpace:
                 self._backlog.appendleft((batch_steps[-1], items))
                 raise
@@ -103,7 +106,7 @@ class Applier:
         try:
             while not self._stopping.is_set():
                 if self._queue.get() == _SYNC:
-                    self._state.sync()
+                    self.state.sync()
                     loop.run_sync_soon(self._applied, [])
                 # Up to the newest request, so that those queued meanwhile find nothing to do: many
                 # small batches cost a sync each.
@@ -117,7 +120,7 @@ class Applier:
         attempt = 0
         while True:
             try:
-                self._state.apply(items, steps[-1], breathe=self._breathe)
+                self.state.apply(items, steps[-1], self._meta_at(steps[-1]), breathe=self._breathe)
                 break
             except NoSpace as error:
                 loop.run_sync_soon(self._stalled, error)
@@ -155,3 +158,7 @@ class Applier:
         if not steps or steps[-1] != index:
             steps.append(index)
         return list(newest.items()), steps
+
+
+def _no_meta(_: int) -> Mapping[str, bytes]:
+    return {}

@@ -1,0 +1,576 @@
+"""Replica: a Raft node with what its users need of it: proposals that happen once, reads, applying.
+
+Belongs here: carrying out a `Ready` in its order, numbering and forwarding proposals, batching reads
+and the leader's lease, keeping the log in memory short. Not here: consensus itself (`raft.py`), the
+disk, the network and the state machine, which come in through `Owner`. Pure: the real host and the
+simulator run this very code. Steps and their reasons: docs/design/cluster.md.
+
+All methods run in one thread, and none suspends. Inputs only take note; `pump` acts. So a turn of the
+owner's loop may put in many proposals and messages, and pays for one write and one send a peer.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from struct import Struct
+from typing import Final, Protocol
+
+from aspenfs import errors
+from aspenfs.cluster.membership import ConfigurationChange
+from aspenfs.cluster.messages import Message, MessageType
+from aspenfs.cluster.raft import Raft
+from aspenfs.cluster.types import Configuration, Entry, EntryKind, HardState, Ready, Role, Snapshot
+from aspenfs.limits import (
+    ELECTION_TICKS,
+    PROPOSAL_TIMEOUT_MS,
+    RAFT_APPEND_BYTES_MAX,
+    RAFT_LOG_BYTES_MAX,
+    TICK_MS,
+)
+
+HEADER: Final = Struct("<QQ")  # of a PROPOSAL's payload: node id, number; the command follows
+INCARNATION_SHIFT: Final = 40  # a number is incarnation << 40 | count
+
+_NS_PER_MS: Final = 1_000_000
+# A quorum that answered a round sent at t lets nobody else be elected before t + this (Raft §6.4.1):
+# an election timeout, less the greatest drift of two clocks, less the tick that a follower may be
+# ahead, less 10 ms for what nobody thought of.
+LEASE_NS: Final = (ELECTION_TICKS * TICK_MS * 999 // 1000 - TICK_MS - 10) * _NS_PER_MS
+_RESEND_TICKS: Final = 8  # a proposal or read that the leader did not acknowledge is sent again
+_READ_LATELY_TICKS: Final = 20  # a leader that nobody reads from lets its lease lapse
+_LOG_BYTES_MAX_ALONE: Final = 1 << 20
+
+Done = Callable[[object], object]  # gets the result of `Owner.apply`, or an AspenError
+
+
+class Owner(Protocol):
+    """What a replica needs of the world. Called by `pump` and `tick` only."""
+
+    @property
+    def revision(self) -> int:
+        """The last entry that the state machine has evaluated."""
+
+    def write(self, truncate_after: int | None, entries: Sequence[Entry], hard_state: HardState | None) -> int:
+        """Into the log, in that order, all or nothing: a ticket for `synced`, greater than all before.
+        NoSpace: nothing was written, it will be tried again."""
+
+    def request_sync(self) -> None:
+        """What was written shall be durable soon; `Replica.synced` tells."""
+
+    def send(self, to: int, message: Message) -> None: ...
+
+    def apply(self, entry: Entry, context: object) -> object:
+        """Evaluates an entry of kind NORMAL or PROPOSAL as revision `entry.index`; its result. `context`
+        is what `propose` was given if it was proposed here, in this life of the node; else None."""
+
+    def apply_configuration(self, entry: Entry, configuration: Configuration) -> None:
+        """`entry` changed the configuration to this, as revision `entry.index`."""
+
+    def committed(self, index: int) -> None:
+        """All entries up to this one are committed and evaluated; called once a batch."""
+
+    def fetch_snapshot(self, snapshot: Snapshot, leader: int) -> None:
+        """Fetch a state of at least that index; then `snapshot_installed`, or `snapshot_failed`."""
+
+
+class _Proposal:
+    __slots__ = ("command", "context", "deadline_ns", "done", "expired", "repeatable", "sent_tick")
+
+    def __init__(self, command: bytes, context: object, done: Done, deadline_ns: int, repeatable: bool) -> None:
+        self.command, self.context, self.done, self.deadline_ns = command, context, done, deadline_ns
+        self.repeatable = repeatable  # applying it twice does nothing more: it carries a (client, sequence)
+        self.sent_tick = 0
+        self.expired = False  # the proposer was told NoQuorum
+
+
+class _Read:
+    __slots__ = ("deadline_ns", "done")
+
+    def __init__(self, done: Done, deadline_ns: int) -> None:
+        self.done, self.deadline_ns = done, deadline_ns
+
+
+class Replica:
+    """One node of a cluster. See the head of this file."""
+
+    def __init__(self, raft: Raft, owner: Owner, monotonic_ns: Callable[[], int], *, incarnation: int,
+                 proposal_timeout_ms: int = PROPOSAL_TIMEOUT_MS) -> None:  # fmt: skip
+        """`monotonic_ns` counts suspend (CLOCK_BOOTTIME); `incarnation` is greater with each start."""
+        self.raft, self._owner, self._now = raft, owner, monotonic_ns
+        self._incarnation = incarnation << INCARNATION_SHIFT
+        self._timeout_ns = proposal_timeout_ms * _NS_PER_MS
+        self._ticks = 0
+        # Proposals: waiting for a leader, and those sent to one: (term, number) -> proposal, in order.
+        self._unsent: deque[_Proposal] = deque()
+        self._sent: dict[tuple[int, int], _Proposal] = {}
+        self._count = 0  # of the last proposal sent in `_count_term`
+        self._count_term = 0
+        self._acknowledged = 0  # numbers up to this one are in the leader's log
+        self.proposed_bytes = 0  # of proposals not yet resolved
+        # As a leader: the last number taken from each node in `_taken_term`.
+        self._taken: dict[int, int] = {}
+        self._taken_term = 0
+        # Durability: what waits for a ticket, in order.
+        self._written = self._synced = 0
+        self._after_sync: deque[tuple[int, Sequence[Message]]] = deque()
+        self._stalled: Ready | None = None  # a disk without room: its entries are not yet in the log
+        self.stall: errors.NoSpace | None = None
+        # Reads: those of the next round, those of the round under way, and those with an index.
+        self._next_reads: list[_Read] = []
+        self._round_reads: list[_Read] = []
+        self._round = 0  # its number, or 0; contexts count rounds
+        self._rounds = 0
+        self._round_sent_ns = self._round_tick = self._round_term = 0
+        self._ready_reads: list[tuple[int, _Read]] = []
+        self._lease_until_ns = self._lease_term = 0
+        self._last_read_tick = -_READ_LATELY_TICKS
+        self._installing: Snapshot | None = None
+        self._done: list[tuple[Done, object]] = []  # to be called at the end of a pump
+        self.alone = False
+        self._look()
+
+    # --- what others ask for ---
+
+    def propose(self, command: bytes, context: object, done: Done, *, repeatable: bool = False) -> None:
+        """`done` gets the result of evaluating `command` here, once, or NoQuorum or OutcomeUnknown."""
+        proposal = _Proposal(command, context, done, self._now() + self._timeout_ns, repeatable)
+        self.proposed_bytes += len(command)
+        self._unsent.append(proposal)
+
+    def read_now(self) -> bool:
+        """Whether a read here and now sees all that was committed anywhere: on a leader with a lease.
+
+        Ask again after the state was read, if there was a pause that could have outlived the lease.
+        """
+        raft = self.raft
+        if self.alone:
+            return raft.role is Role.LEADER
+        self._last_read_tick = self._ticks
+        return self._has_lease() and self._owner.revision >= raft.commit
+
+    def read(self, done: Done) -> None:
+        """`done` gets an index that was current after this call, when it is evaluated here; or NoQuorum."""
+        self._last_read_tick = self._ticks
+        self._next_reads.append(_Read(done, self._now() + self._timeout_ns))
+
+    def receive(self, message: Message) -> None:
+        """A message of another member, authenticated."""
+        kind = message.type
+        if kind == MessageType.PROP:
+            self._take_proposals(message)
+        elif kind == MessageType.PROP_RESP:
+            self._proposals_taken(message)
+        elif kind == MessageType.READ_INDEX and self._answer_under_lease(message):
+            return
+        else:
+            self.raft.step(message)
+
+    def tick(self) -> None:
+        """TICK_MS have passed. An owner that was late calls it once, not many times."""
+        self._ticks += 1
+        self.raft.tick()
+        self._expire()
+        self._resend()
+        if self._has_lease() and self._ticks - self._last_read_tick < _READ_LATELY_TICKS:
+            if not self._round and self._lease_until_ns - self._now() < LEASE_NS // 2:
+                self._start_round()
+        self.pump()
+
+    def synced(self, ticket: int, index: int) -> None:
+        """All that was written up to `ticket` is durable, and the log is up to entry `index`."""
+        self._synced = max(self._synced, ticket)
+        raft = self.raft
+        index = min(index, raft.last_index)
+        term = raft.log.term_at(index)
+        while self._after_sync and self._after_sync[0][0] <= ticket:
+            _, messages = self._after_sync.popleft()
+            for message in messages:
+                self._owner.send(message.to, message)
+        if term is not None:
+            raft.persisted(index, term)
+        self.pump()
+
+    def accept(self, kind: int, data: bytes) -> Entry:
+        """Alone: the next entry of the log, written there by the owner already, and evaluated by it."""
+        return self.raft.append_alone(kind, data)
+
+    def change_configuration(self, change: ConfigurationChange) -> int:
+        """Proposes it; its index. NotLeader, Busy (another change is under way), InvalidArgument."""
+        index = self.raft.propose_configuration(change)
+        self._look()
+        return index
+
+    def transfer_leader(self, to: int) -> None:
+        """Starts handing leadership over; it ends by a change of term, or not at all."""
+        self.raft.transfer_leader(to)
+
+    def snapshot_installed(self, snapshot: Snapshot) -> None:
+        """The state is at `snapshot`, and so is the log; waiters whose entry it may cover are told so."""
+        self._installing = None
+        self.raft.snapshot_installed(snapshot)
+        sent, self._sent = self._sent, {}
+        for proposal in sent.values():
+            if proposal.repeatable and not proposal.expired:
+                self._unsent.append(proposal)
+            else:
+                self._resolve(proposal, errors.OutcomeUnknown("this node took over a newer state meanwhile"))
+        self._look()
+        self.pump()
+
+    def snapshot_failed(self) -> None:
+        """It could not be had; the leader offers another one."""
+        self._installing = None
+
+    def state_is_at(self, snapshot: Snapshot) -> None:
+        """The durable state has this: followers that need more than the log in memory may get it."""
+        raft = self.raft
+        raft.set_snapshot(snapshot)
+        limit = _LOG_BYTES_MAX_ALONE if self.alone else RAFT_LOG_BYTES_MAX
+        if raft.log.bytes > limit:
+            raft.compact(min(snapshot.index, raft.log.index_of_tail(limit // 2)))
+
+    def stop(self, error: errors.AspenError) -> None:
+        """The node stops: everybody who waits gets `error`."""
+        for proposal in [*self._sent.values(), *self._unsent]:
+            self._resolve(proposal, error)
+        self._sent.clear()
+        self._unsent.clear()
+        for read in [*self._next_reads, *self._round_reads, *(read for _, read in self._ready_reads)]:
+            self._done.append((read.done, error))
+        self._next_reads, self._round_reads, self._ready_reads = [], [], []
+        self._tell()
+
+    # --- acting ---
+
+    def pump(self) -> None:
+        """Does all that can be done now."""
+        raft = self.raft
+        while True:
+            if self._unsent:
+                self._send_proposals()
+            if self._next_reads and not self._round:
+                self._start_round()
+            if self._stalled is not None and not self._write_stalled():
+                break
+            if not raft.has_ready:
+                break
+            self._carry_out(raft.ready())
+        self._tell()
+
+    def _carry_out(self, ready: Ready) -> None:
+        """Step 1 of docs/design/cluster.md; the rest at once, or when there is room on the disk."""
+        if ready.entries or ready.hard_state is not None or ready.truncate_after is not None:
+            try:
+                self._written = self._owner.write(ready.truncate_after, ready.entries, ready.hard_state)
+            except errors.NoSpace as error:
+                self._stalled, self.stall = ready, error
+                return
+        self._go_on(ready)
+
+    def _write_stalled(self) -> bool:
+        ready = self._stalled
+        assert ready is not None
+        try:
+            self._written = self._owner.write(ready.truncate_after, ready.entries, ready.hard_state)
+        except errors.NoSpace as error:
+            self.stall = error
+            return False
+        self._stalled = self.stall = None
+        self._go_on(ready)
+        return True
+
+    def _go_on(self, ready: Ready) -> None:
+        send = self._owner.send
+        for message in ready.messages:
+            send(message.to, message)
+        if self._written == self._synced and not ready.must_sync:
+            for message in ready.messages_after_sync:
+                send(message.to, message)
+        elif ready.messages_after_sync or ready.must_sync:
+            self._after_sync.append((self._written, ready.messages_after_sync))
+            self._owner.request_sync()
+        if ready.snapshot is not None and self._installing is None:
+            self._installing = ready.snapshot
+            self._owner.fetch_snapshot(ready.snapshot, self.raft.leader)
+        if ready.committed:
+            self._apply(ready.committed)
+        for state in ready.reads:
+            self._round_answered(state.context, state.index)
+        if self._ready_reads:
+            self._answer_reads()
+        self._look()
+
+    def _tell(self) -> None:
+        """Calls who waited, last of all: they may ask for more."""
+        while self._done:
+            done, self._done = self._done, []
+            for call, result in done:
+                call(result)
+
+    def _look(self) -> None:
+        """Keeps `alone` true: the only voter, its leader, nothing under way that may end that."""
+        raft = self.raft
+        configuration = raft.configuration
+        self.alone = (
+            raft.role is Role.LEADER
+            and configuration == (configuration.voters[:1], (), (), (), False)
+            and not raft.change_pending
+            and raft.last_index == self._owner.revision
+        )
+
+    # --- applying ---
+
+    def _apply(self, committed: Sequence[Entry]) -> None:
+        owner, raft = self._owner, self.raft
+        evaluated = owner.revision
+        for entry in committed:
+            index, kind = entry.index, entry.kind
+            if index <= evaluated:
+                continue  # when it was accepted
+            if kind == EntryKind.PROPOSAL:
+                self._apply_proposal(entry)
+            elif kind == EntryKind.CONFIGURATION:
+                owner.apply_configuration(entry, raft.apply_configuration(ConfigurationChange.decode(entry.data)))
+            else:
+                owner.apply(entry, None)
+                if not entry.data:
+                    self._term_began(entry.term)
+        last = committed[-1].index
+        owner.committed(last)
+        raft.applied_to(last)
+
+    def _apply_proposal(self, entry: Entry) -> None:
+        node, number = HEADER.unpack_from(entry.data)
+        proposal = self._sent.pop((entry.term, number), None) if node == self.raft.node_id else None
+        if proposal is None:
+            self._owner.apply(entry, None)
+        else:
+            result = self._owner.apply(entry, None if proposal.expired else proposal.context)
+            self._resolve(proposal, result)
+
+    def _term_began(self, term: int) -> None:
+        """A leader's first entry is applied: what was sent to leaders before and not applied never will be."""
+        sent = self._sent
+        lost = [key for key in sent if key[0] < term]
+        if lost:
+            again = [sent.pop(key) for key in lost]
+            for proposal in again:
+                if proposal.expired:
+                    self._resolve(proposal, None)
+            self._unsent.extendleft(reversed([proposal for proposal in again if not proposal.expired]))
+
+    def _resolve(self, proposal: _Proposal, result: object) -> None:
+        self.proposed_bytes -= len(proposal.command)
+        if not proposal.expired:
+            self._done.append((proposal.done, result))
+
+    # --- proposals, as the one who proposes ---
+
+    def _send_proposals(self) -> None:
+        """To this node itself or to the leader, as far as there is one that takes them."""
+        raft = self.raft
+        term, leader = raft.term, raft.leader
+        if not leader or raft.transferring:
+            return
+        if term != self._count_term:
+            self._count_term, self._count, self._acknowledged = term, 0, 0
+        batch: list[tuple[int, bytes]] = []
+        size = 0
+        unsent, sent = self._unsent, self._sent
+        own = HEADER.pack(raft.node_id, 0)[:8]
+        taken: list[tuple[int, _Proposal]] = []
+        while unsent and size < RAFT_APPEND_BYTES_MAX:
+            proposal = unsent.popleft()
+            self._count += 1
+            number = self._incarnation | self._count
+            payload = own + number.to_bytes(8, "little") + proposal.command
+            batch.append((number, payload))
+            taken.append((number, proposal))
+            size += len(payload)
+        if leader == raft.node_id:
+            try:
+                raft.propose([(EntryKind.PROPOSAL, payload) for _, payload in batch])
+            except errors.AspenError:  # Overloaded, or it has just begun to hand over: later
+                self._count -= len(taken)
+                unsent.extendleft(reversed([proposal for _, proposal in taken]))
+                return
+        else:
+            self._forward(leader, term, batch)
+        for number, proposal in taken:
+            proposal.sent_tick = self._ticks
+            sent[term, number] = proposal
+
+    def _forward(self, leader: int, term: int, batch: Sequence[tuple[int, bytes]]) -> None:
+        entries = tuple(Entry(term, number, int(EntryKind.PROPOSAL), payload) for number, payload in batch)
+        self._owner.send(leader, Message(MessageType.PROP, leader, self.raft.node_id, term, entries=entries))
+
+    def _proposals_taken(self, message: Message) -> None:
+        """The leader says how far it has them; or that it lacks some; or that it is not the leader."""
+        if message.term != self._count_term or message.term != self.raft.term:
+            return
+        if message.index:
+            self._acknowledged = max(self._acknowledged, message.index)
+        if message.reject and message.reject_hint == message.sender:
+            self._send_again(message.index)
+
+    def _resend(self) -> None:
+        if not self._sent or self.raft.leader in (0, self.raft.node_id):
+            return
+        term, oldest = self.raft.term, self._ticks - _RESEND_TICKS
+        if any(key[0] == term and key[1] > self._acknowledged and proposal.sent_tick <= oldest
+               for key, proposal in self._sent.items()):  # fmt: skip
+            self._send_again(self._acknowledged)
+
+    def _send_again(self, after: int) -> None:
+        """All of this term behind number `after`, in order, bounded messages."""
+        raft = self.raft
+        term = raft.term
+        batch: list[tuple[int, bytes]] = []
+        size = 0
+        own = HEADER.pack(raft.node_id, 0)[:8]
+        for (of_term, number), proposal in self._sent.items():
+            if of_term != term or number <= after:
+                continue
+            proposal.sent_tick = self._ticks
+            payload = own + number.to_bytes(8, "little") + proposal.command
+            batch.append((number, payload))
+            size += len(payload)
+            if size >= RAFT_APPEND_BYTES_MAX:
+                self._forward(raft.leader, term, batch)
+                batch, size = [], 0
+        if batch:
+            self._forward(raft.leader, term, batch)
+
+    # --- proposals, as the leader who takes them ---
+
+    def _take_proposals(self, message: Message) -> None:
+        raft, node = self.raft, message.sender
+        if raft.role is not Role.LEADER or message.term != raft.term:
+            self._answer_proposals(node, message.term, 0, refused_for=raft.leader)
+            return
+        if self._taken_term != raft.term:
+            self._taken, self._taken_term = {}, raft.term
+        last = self._taken.get(node, 0)
+        new: list[tuple[int, bytes]] = []
+        gap = False
+        for entry in message.entries:
+            number = entry.index
+            if number <= last:
+                continue  # a repetition
+            if number != last + 1 and not (number >> INCARNATION_SHIFT > last >> INCARNATION_SHIFT
+                                           and number & ((1 << INCARNATION_SHIFT) - 1) == 1):  # fmt: skip
+                gap = True
+                break
+            if entry.data[:16] != HEADER.pack(node, number):
+                break  # it speaks for another node: nothing of it is taken
+            new.append((EntryKind.PROPOSAL, entry.data))
+            last = number
+        if new:
+            try:
+                raft.propose(new)
+            except errors.AspenError:  # Overloaded or handing over: it will be sent again
+                return
+            self._taken[node] = last
+        self._answer_proposals(node, raft.term, last, refused_for=raft.node_id if gap else 0)
+
+    def _answer_proposals(self, node: int, term: int, last: int, *, refused_for: int) -> None:
+        answer = Message(MessageType.PROP_RESP, node, self.raft.node_id, term, index=last,
+                         reject=bool(refused_for), reject_hint=refused_for)  # fmt: skip
+        self._owner.send(node, answer)
+
+    # --- reads ---
+
+    def _has_lease(self) -> bool:
+        raft = self.raft
+        return (
+            self._lease_term == raft.term
+            and raft.role is Role.LEADER
+            and not raft.transferred_in_term
+            and raft.committed_in_term
+            and self._now() < self._lease_until_ns
+        )
+
+    def _start_round(self) -> None:
+        """Asks for an index for all who wait. Without a leader there is nobody to ask: later."""
+        raft = self.raft
+        if not raft.leader or (raft.role is Role.LEADER and not raft.committed_in_term):
+            return
+        self._round_reads += self._next_reads
+        self._next_reads = []
+        self._rounds += 1
+        self._round = self._rounds
+        self._round_sent_ns, self._round_tick, self._round_term = self._now(), self._ticks, raft.term
+        if self._has_lease() and self._round_reads:
+            self._round = 0
+            self._indexed(raft.commit)
+            return
+        raft.read_index(self._context())
+
+    def _round_answered(self, context: bytes, index: int) -> None:
+        if not self._round or context != self._context():
+            return  # an earlier one, whose readers went on to a later one
+        raft = self.raft
+        if raft.role is Role.LEADER and raft.term == self._round_term:
+            self._lease_term, self._lease_until_ns = raft.term, self._round_sent_ns + LEASE_NS
+        self._round = 0
+        self._indexed(index)
+
+    def _context(self) -> bytes:
+        return HEADER.pack(self.raft.node_id, self._incarnation | self._round)
+
+    def _indexed(self, index: int) -> None:
+        self._ready_reads += [(index, read) for read in self._round_reads]
+        self._round_reads = []
+        self._answer_reads()
+
+    def _answer_reads(self) -> None:
+        revision = self._owner.revision
+        waiting = []
+        for index, read in self._ready_reads:
+            if index <= revision:
+                self._done.append((read.done, index))
+            else:
+                waiting.append((index, read))
+        self._ready_reads = waiting
+
+    def _answer_under_lease(self, message: Message) -> bool:
+        """A follower's read, answered without asking the others."""
+        self._last_read_tick = self._ticks
+        if not self._has_lease():
+            return False
+        raft = self.raft
+        self._owner.send(message.sender, Message(
+            MessageType.READ_INDEX_RESP, message.sender, raft.node_id, raft.term,
+            index=raft.commit, context=message.context))  # fmt: skip
+        return True
+
+    # --- time ---
+
+    def _expire(self) -> None:
+        now = self._now()
+        error = None
+        for proposal in [*self._sent.values(), *self._unsent]:
+            if proposal.deadline_ns <= now and not proposal.expired:
+                error = error or self._no_quorum()
+                self._done.append((proposal.done, error))
+                proposal.expired = True
+        while self._unsent and self._unsent[0].expired:
+            self.proposed_bytes -= len(self._unsent.popleft().command)
+        for name in ("_next_reads", "_round_reads"):
+            reads: list[_Read] = getattr(self, name)
+            if reads and reads[0].deadline_ns <= now:
+                error = error or self._no_quorum()
+                self._done += [(read.done, error) for read in reads if read.deadline_ns <= now]
+                setattr(self, name, [read for read in reads if read.deadline_ns > now])
+        if self._round and (self._ticks - self._round_tick >= _RESEND_TICKS or self._round_term != self.raft.term):
+            self._round = 0  # lost on the way, or its leader is: the next one takes its readers along
+            self._next_reads[:0] = self._round_reads
+            self._round_reads = []
+
+    def _no_quorum(self) -> errors.NoQuorum:
+        leader = self.raft.leader
+        voters = len(self.raft.configuration.voters)
+        who = f"leader {leader} does not get it through" if leader else "there is no leader"
+        return errors.NoQuorum(
+            f"no majority of {voters} voters within {self._timeout_ns // (1000 * _NS_PER_MS)} s: {who}; "
+            "`aspen status` shows who is missing"
+        )
