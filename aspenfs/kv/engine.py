@@ -160,6 +160,9 @@ class Engine:
         while uncommitted and uncommitted[0][0] <= index:
             batches.append(uncommitted.popleft())
         self._hub.publish(index, batches)
+        self._wake_waiters(index)
+
+    def _wake_waiters(self, index: int) -> None:
         waiters = self._waiters
         while waiters and waiters[0][0] <= index:
             heappop(waiters)[2].signal.set()
@@ -180,6 +183,21 @@ class Engine:
             [Event(key, self.overlay.get(key), record) for key, record in lost if key >= keys.USER_START],
             None,
         )
+
+    def rebase(self, index: int) -> None:
+        """The base is another state now, that of entry `index`, ahead of all that was accepted here.
+
+        What was accepted and is not in it is forgotten: its fate is not known here. Who waits for a
+        revision up to `index` is told that it is committed; watchers get Lagged, and watch again from
+        where they were. Observers are not called: the owner has them look at everything anew.
+        """
+        assert index > self._last, f"a state of entry {index} after {self._last}"
+        self.overlay.discard_after(-1)
+        self._uncommitted.clear()
+        self._last = index
+        self._recall()
+        self._hub.rebase(index)
+        self._wake_waiters(index)
 
     def close(self, error: errors.AspenError) -> None:
         """Fails everybody who waits or watches, now and later, with `error`."""

@@ -109,6 +109,18 @@ class Hub:
             self._ring_from = oldest.revision + 1
         self.committed = committed
 
+    def rebase(self, committed: int) -> None:
+        """The state has leapt to `committed`: the batches in between are in its history at best."""
+        leap = self.committed + 1
+        self._ring.clear()
+        self._ring_bytes, self._ring_from = 0, committed + 1
+        self.committed = committed
+        for number, buffer in list(self._live.items()):
+            if buffer.next_revision <= committed:
+                revision = max(leap, buffer.next_revision)
+                buffer.fail(errors.Lagged(f"the state leapt ahead: watch again from {revision}", revision))
+                del self._live[number]
+
     def watch(self, start: bytes, end: bytes, from_revision: int | None) -> "Watcher":
         """A watcher that is registered at once; see Store.watch."""
         if self._closed is not None:

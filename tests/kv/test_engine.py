@@ -259,3 +259,69 @@ def test_many_leases_end_a_bounded_number_at_a_time() -> None:
         ended.append(engine.submit(command)[1].result)
     assert ended == [LEASE_EXPIRE_MAX, 10]
     assert engine.leases() == []
+
+
+def test_an_engine_goes_on_with_the_state_of_a_snapshot() -> None:
+    async def main() -> None:
+        ahead_base = MemoryState()
+        ahead = an_engine(ahead_base)
+        base = MemoryState()
+        engine = an_engine(base)
+        for number in range(3):
+            for one in (ahead, engine):
+                run(one, put(b"k/a", b"%d" % number))
+        settle(engine, base)
+        run(engine, put(b"k/mine", b"accepted, but its fate is not known"))
+        replays = engine.watch(b"k/", b"k0", from_revision=3)
+        live = engine.watch(b"k/", b"k0")
+        waits = engine.watch(b"k/", b"k0", from_revision=12)
+        for number in range(3, 10):
+            run(ahead, put(b"k/a", b"%d" % number))
+        settle(ahead, ahead_base)
+        woken = []
+        async with trio.open_nursery() as nursery:
+
+            async def wait() -> None:
+                woken.append(await engine.committed(4))
+
+            nursery.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked()
+            base.apply(list(ahead_base.items(b"", b"")))
+            engine.rebase(10)
+        assert woken == [10]
+        assert (engine.revision, engine.committed_revision, engine.overlay.bytes) == (10, 10, 0)
+        assert engine.get(b"k/mine") is None
+        record = engine.get(b"k/a")
+        assert record is not None
+        assert record.value == b"9"
+        assert [(await anext(replays)).revision for _ in range(8)] == list(range(3, 11))
+        with pytest.raises(errors.Lagged) as lagged:
+            await anext(live)
+        assert lagged.value.revision == 4
+        again = engine.watch(b"k/", b"k0", from_revision=lagged.value.revision)
+        assert [(await anext(again)).revision for _ in range(7)] == list(range(4, 11))
+        for _ in range(2):
+            engine.committed_to(run(engine, put(b"k/a", b"after")))
+        assert (await anext(again)).revision == 11
+        assert (await anext(waits)).revision == 12
+
+    trio.run(main)
+
+
+def test_a_snapshot_brings_its_leases_and_its_history_to_compact() -> None:
+    clock = FakeClock()
+    ahead_base, base = MemoryState(), MemoryState()
+    ahead = Engine(ahead_base, clock, FakeEntropy(), trio.Event)
+    engine = Engine(base, clock, FakeEntropy(), trio.Event)
+    assert engine.expire_command() is None  # looked in vain: it knows of no lease
+    ahead.submit(ahead.grant_command(1_000, 7))
+    for _ in range(HISTORY_REVISIONS + 1_100):
+        run(ahead, put(b"k/a", b""))
+    settle(ahead, ahead_base)
+    base.apply(list(ahead_base.items(b"", b"")))
+    engine.rebase(ahead.revision)
+    assert engine.compaction_due() == ahead.compaction_due() is not None
+    clock.advance_ms(1_000)
+    command = engine.expire_command()
+    assert command is not None
+    assert command.body == (7,)
