@@ -36,6 +36,7 @@ it is logged with its traceback and answered with EIO.
         ├── Corrupt         EIO     (names file, offset, and what to do)
         ├── SyncFailed      EIO     (fatal for the process)
         ├── Lost            EIO     (accepted work that never became durable)
+        ├── Unavailable     EIO     (bytes that no node has that can be reached)
         └── Closed          ESHUTDOWN
 """
 
@@ -309,6 +310,12 @@ class SyncFailed(StorageError):
 
 class Lost(StorageError):
     """Accepted work was lost before it was durable, with the leader that had accepted it."""
+
+    errno = _errno.EIO
+
+
+class Unavailable(StorageError):
+    """A chunk can be read neither here nor on any node that answers. Names it, and says what to do."""
 
     errno = _errno.EIO
 

@@ -61,6 +61,16 @@ RAFT_UNCOMMITTED_BYTES_MAX = 64 * MIB  # in a leader's log behind its commit ind
 RAFT_LOG_BYTES_MAX = 32 * MIB  # entries in memory for followers that lag; who lags more gets a snapshot
 PEER_REQUEST_BYTES_MAX = 4 * MIB  # one request or answer between nodes
 BLOB_PIN_S = 120  # a chunk pushed or asked for is spared by collection so long, whatever names it
+BLOB_PINS_MAX = 512 * KIB  # such chunks on one node, some 110 bytes each; more are refused for a while
+BLOB_PUSH_BYTES_MAX = 64 * MIB  # of chunks held in memory until a majority has them; others are read again
+BLOB_PUSH_REQUESTS_MAX = 4  # to one peer at once: the link works while the peer's disk does
+BLOB_PUSH_QUEUE_MAX = 4_096  # chunks that one peer lags behind; what a majority has is then left to its repair
+BLOB_ASK_MAX = 1_024  # digests in one request; looking for them takes some 3 ms
+BLOB_FACTS_MAX = 4_096  # chunks of which this node remembers who has them
+BLOB_FETCH_AHEAD_BYTES = 16 * MIB  # of a file, fetched behind a chunk that a reader waits for
+BLOB_FETCH_AHEAD_MAX = 256  # and chunks
+BLOB_FETCH_REQUESTS_MAX = 4  # for chunks that nobody waits for yet, at once
+BLOB_MISSING_MAX = 64 * KIB  # known to be missing here, some 200 bytes each; a walk finds the others later
 SNAPSHOT_AGE_MAX_S = 600  # a snapshot being sent pins pages of the state so long at most
 
 # --- between nodes ---
@@ -116,6 +126,8 @@ assert TXN_BYTES_MAX * 2 < CONTROL_FRAME_BYTES_MAX
 assert max(CONTROL_PAGE_KEYS, TXN_OPS_MAX) <= CONTROL_ITEMS_MAX
 assert CHUNK_BYTES_MAX < BLOB_SEGMENT_BYTES < 1 << 32
 assert CHUNK_BYTES_MAX + 64 * KIB < PEER_REQUEST_BYTES_MAX
+assert BLOB_ASK_MAX * 64 <= 64 * KIB  # so much of a request is room for digests
+assert PEER_REQUEST_BYTES_MAX * BLOB_PUSH_REQUESTS_MAX <= BLOB_PUSH_BYTES_MAX
 assert PROPOSAL_TIMEOUT_MS < 1000 * BLOB_PIN_S / 4  # what a proposal names is there when it is applied
 assert HEARTBEAT_TICKS * 4 < ELECTION_TICKS
 assert TXN_BYTES_MAX + 16 < WAL_FRAME_BYTES_MAX < RAFT_INFLIGHT_BYTES_MAX

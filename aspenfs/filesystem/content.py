@@ -6,6 +6,7 @@ crash leaves a prefix of the writes. Small writes travel in the log; an inline e
 appends have grown to INLINE_EXTENT_BYTES_MAX is sealed as a blob, larger writes become blobs at once.
 """
 
+from collections.abc import Mapping
 from itertools import islice
 from typing import Final
 
@@ -30,11 +31,11 @@ from aspenfs.filesystem.layout import (
     unpack_extent,
     unpack_inode,
 )
+from aspenfs.filesystem.references import count_in
 from aspenfs.filesystem.volume import ATTEMPTS, Volume, conflict
 from aspenfs.kv.types import (
     EQUAL,
     Operation,
-    Record,
     add,
     append,
     compare_field,
@@ -48,6 +49,8 @@ from aspenfs.kv.types import (
     put,
 )
 from aspenfs.limits import (
+    BLOB_FETCH_AHEAD_BYTES,
+    BLOB_FETCH_AHEAD_MAX,
     CHUNK_BYTES_MAX,
     FILE_BYTES_MAX,
     INLINE_EXTENT_BYTES_MAX,
@@ -61,6 +64,7 @@ REFERENCES_A_STEP: Final = 96  # an operation each
 EXTENTS_A_STEP: Final = 2_048  # in one range; some ms of the loop
 INLINE_BYTES_A_STEP: Final = 2 * MIB  # read to be released
 PAGE: Final = 64  # extents fetched at a time
+NO_CHUNKS: Final[Mapping[bytes, bytes]] = {}
 OPS_ROOM: Final = TXN_OPS_MAX - 8
 
 
@@ -88,8 +92,11 @@ class Content:
 
     # --- reading ---
 
-    def read(self, node: int, offset: int, size: int, file_size: int) -> bytes | memoryview:
-        """Up to `size` bytes, fewer only at the end of a file of `file_size` bytes. Corrupt."""
+    def read(
+        self, node: int, offset: int, size: int, file_size: int, chunks: Mapping[bytes, bytes] = NO_CHUNKS
+    ) -> bytes | memoryview:
+        """Up to `size` bytes, fewer only at the end of a file of `file_size` bytes. `chunks` are looked at
+        for what can not be read here. Corrupt."""
         end = min(offset + size, file_size)
         if offset >= end:
             return b""
@@ -100,21 +107,58 @@ class Content:
         if len(extents) == 1:
             only = extents[0]
             if only.offset <= offset and only.offset + only.length >= end:
-                return self._bytes(only, offset, end)
+                return self._bytes(only, offset, end, chunks)
         buffer = bytearray(end - offset)
         for extent in extents:
             start, stop = max(offset, extent.offset), min(end, extent.offset + extent.length)
-            buffer[start - offset : stop - offset] = self._bytes(extent, start, stop)
+            buffer[start - offset : stop - offset] = self._bytes(extent, start, stop, chunks)
         return memoryview(buffer)
 
-    def _bytes(self, extent: Extent, start: int, stop: int) -> bytes | memoryview:
+    def _bytes(
+        self, extent: Extent, start: int, stop: int, chunks: Mapping[bytes, bytes]
+    ) -> bytes | memoryview:
         if extent.data is not None:
             return extent.data[start - extent.offset : stop - extent.offset]
+        at, size = extent.start + start - extent.offset, stop - start
         try:
-            return self.blobs.get(extent.digest, extent.start + start - extent.offset, stop - start)
-        except errors.NotFound as error:
+            return self.blobs.get(extent.digest, at, size)
+        except (errors.NotFound, errors.Corrupt) as error:
+            if extent.digest in chunks:
+                return memoryview(chunks[extent.digest])[at : at + size]
+            if isinstance(error, errors.Corrupt):
+                raise
             advice = "`aspen check` names the files; restore them from a backup"
             raise errors.Corrupt("blobs", 0, f"there is no {error}, which a file names", advice) from error
+
+    async def read_through(
+        self, node: int, offset: int, size: int, problem: errors.Corrupt
+    ) -> bytes | memoryview:
+        """As `read`, which failed with `problem`: what is not here comes from other nodes. Unavailable."""
+        if not self.volume.replicas.shared:
+            raise problem
+        chunks: dict[bytes, bytes] = {}  # kept until the end of this call: the disk may have no room
+        for _ in range(ATTEMPTS):
+            file_size = self.volume.inode(node).size  # others may change the file while we wait
+            try:
+                return self.read(node, offset, size, file_size, chunks)
+            except errors.Corrupt as error:
+                problem = error
+            end = min(offset + size, file_size)
+            wanted = self._absent(node, offset, end)
+            ahead = self._absent(node, end, min(end + BLOB_FETCH_AHEAD_BYTES, file_size))
+            for at, digest in enumerate(wanted):
+                if digest not in chunks:
+                    others = [*wanted[at + 1 :], *ahead]
+                    chunks[digest] = await self.volume.replicas.fetch(digest, others)
+        raise problem
+
+    def _absent(self, node: int, start: int, end: int) -> list[bytes]:
+        """The blobs of [start, end) that can not be read here, in order; the first of very many."""
+        if start >= end:
+            return []
+        extents = self.overlapping(node, start, end, BLOB_FETCH_AHEAD_MAX)
+        digests = dict.fromkeys(extent.digest for extent in extents if extent.data is None)
+        return [digest for digest in digests if not self.blobs.has(digest)]
 
     def overlapping(self, node: int, start: int, end: int, limit: int = 0) -> list[Extent]:
         """The extents with a byte in [start, end), in order; with a limit, no more than some that many."""
@@ -170,8 +214,8 @@ class Content:
                 edits.append(add(ALLOCATED, allocated))
             operations.append(merge(key, *edits))
             try:
-                result = await self.store.txn(
-                    (compare_mod_revision(key, EQUAL, record.mod_revision),), operations, origin=self.volume
+                result = await self.volume.txn(
+                    (compare_mod_revision(key, EQUAL, record.mod_revision),), operations
                 )
             finally:
                 self._unpin(digest)
@@ -366,7 +410,7 @@ class Content:
         """Makes candidates of what an earlier life left without a name: looks at `limit` rows from `start`
         (at first b""). Where to go on, or None at the end."""
         rows = self.store.range(start or BLOB_PREFIX, prefix_end(BLOB_PREFIX), limit=limit)
-        self.volume.unreference(key[len(BLOB_PREFIX) :] for key, row in rows if not _count(row))
+        self.volume.unreference(key[len(BLOB_PREFIX) :] for key, row in rows if not count_in(row))
         return rows[-1][0] + b"\0" if len(rows) == limit else None
 
     async def collect(self, most: int = 100) -> int:
@@ -377,36 +421,36 @@ class Content:
         after it: until then the next life finds it (`find_garbage`). The log syncs deletions of bytes before
         its own entries.
         """
-        volume, floor = self.volume, self.store.replay_floor
-        doomed: list[bytes] = []
+        volume, replicas, unreferenced = self.volume, self.volume.replicas, self.volume.unreferenced
+        if not unreferenced or not replicas.may_collect:
+            return 0
+        # A node without a quorum does not know what is named by now. From here on nothing comes in between
+        # until the bytes are gone.
+        await self.store.barrier()
+        floor = self.store.replay_floor
+        doomed: dict[bytes, int] = {}
         rows: list[bytes] = []
-        for digest in list(islice(volume.unreferenced, most)):
-            del volume.unreferenced[digest]
-            if digest in volume.pinned:
+        for digest in list(islice(unreferenced, most)):
+            noticed = unreferenced.pop(digest)
+            if digest in volume.pinned or replicas.is_pinned(digest):
                 continue  # losing the pin makes it a candidate again
             row = self.store.get(BLOB_PREFIX + digest)
-            if row is None:
-                doomed.append(digest)  # no entry ever named it, or none since an earlier deletion
-            elif row.mod_revision > floor:
-                volume.unreferenced[digest] = None  # behind the others
-            elif not _count(row):
-                doomed.append(digest)
-                rows.append(BLOB_PREFIX + digest)
+            if volume.spares(digest) or (noticed if row is None else row.mod_revision) > floor:
+                unreferenced[digest] = noticed  # behind the others
+            elif not count_in(row):
+                doomed[digest] = noticed
+                if row is not None and replicas.removes_rows:
+                    rows.append(BLOB_PREFIX + digest)
         try:
-            self.blobs.delete(doomed)
+            self.blobs.delete(list(doomed))
             if rows:
                 compares = [compare_field(key, 0, EQUAL, 0) for key in rows]
                 if not (await volume.txn(compares, [delete(key) for key in rows])).succeeded:
-                    volume.unreferenced.update(dict.fromkeys(doomed))
+                    unreferenced.update(doomed)
         except BaseException:
-            volume.unreferenced.update(dict.fromkeys(doomed))
+            unreferenced.update(doomed)
             raise
         return len(doomed)
-
-
-def _count(row: Record) -> int:
-    """How many extents name the blob of this row."""
-    return int.from_bytes(row.value[:8], "little", signed=True)
 
 
 def part(extent: Extent, start: int, stop: int) -> Extent:

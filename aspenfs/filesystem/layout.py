@@ -13,11 +13,11 @@
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 from aspenfs.kv.commands import TXN, Command
-from aspenfs.kv.types import PUT
+from aspenfs.kv.types import PUT, Operation
 
 ROOT: Final = 1
 FIRST_ID: Final = 16  # ids below are reserved
@@ -126,8 +126,13 @@ def named_digests(command: Command) -> Iterator[bytes]:
     """The blobs that a logged transaction names: they must be there when it is replayed."""
     if command.kind == TXN:
         for operations in command.body[1:3]:
-            for operation in operations:
-                if operation[0] == PUT and operation[1].startswith(EXTENT_PREFIX):
-                    value = operation[2]
-                    if value[0] == EXTENT_BLOB:
-                        yield BLOB_EXTENT.unpack(value)[3]
+            yield from named_by(operations)
+
+
+def named_by(operations: Sequence[Operation]) -> Iterator[bytes]:
+    """The blobs of the extents that these operations put, once for each."""
+    for operation in operations:
+        if operation[0] == PUT and operation[1].startswith(EXTENT_PREFIX):
+            value = operation[2]
+            if value[0] == EXTENT_BLOB:
+                yield BLOB_EXTENT.unpack(value)[3]

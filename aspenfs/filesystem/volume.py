@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final, Protocol
 
 from aspenfs import errors, limits
-from aspenfs.filesystem import layout
+from aspenfs.filesystem import layout, references
 from aspenfs.kv.store import Store
 from aspenfs.kv.types import Compare, Operation, TxnResult, absent, add, get, merge, put
 from aspenfs.seams import Clock
@@ -27,19 +27,59 @@ class Blobs(Protocol):
     def delete(self, digests: Sequence[bytes]) -> None: ...
 
 
+class Replicas(Protocol):
+    """The same chunks on other nodes, and what they mean for those here (docs/design/blobs.md)."""
+
+    @property
+    def shared(self) -> bool:
+        """Do other nodes collect what nothing names? Then who relies on a name compares the count."""
+
+    @property
+    def may_collect(self) -> bool:
+        """Nothing may be deleted at the moment if not."""
+
+    @property
+    def removes_rows(self) -> bool:
+        """Is it this node that takes away the rows of collected blobs?"""
+
+    def is_pinned(self, digest: bytes) -> bool:
+        """A node was promised that this chunk stays. Losing that makes it a candidate again."""
+
+    async def fetch(self, digest: bytes, ahead: Sequence[bytes] = ()) -> bytes:
+        """A chunk that can not be read here, from another node; it is kept here if there is room.
+        Those `ahead` are fetched meanwhile, as far as they are not here. Unavailable."""
+
+
+class NoReplicas:
+    """A node that is alone."""
+
+    shared, may_collect, removes_rows = False, True, True
+
+    def is_pinned(self, digest: bytes) -> bool:
+        return False
+
+    async def fetch(self, digest: bytes, ahead: Sequence[bytes] = ()) -> bytes:
+        advice = "`aspen check` names the files; restore them from a backup"
+        raise errors.Unavailable(f"chunk {digest.hex()}, which a file names, can not be read: {advice}")
+
+
 class Volume:
     """One file system in one store."""
 
     def __init__(self, store: Store, blobs: Blobs, clock: Clock) -> None:
         self.store, self.blobs = store, blobs
+        self.replicas: Replicas = NoReplicas()
         self.now = clock.time_ns
         self._next_id = self._last_id = 0
         # Digests put but not yet named by an accepted transaction: not garbage.
         self.pinned: dict[bytes, int] = {}
-        # Digests that lost a reference: candidates for collection, the first to come first.
-        self.unreferenced: dict[bytes, None] = {}
+        # Digests that lost a reference: candidates for collection, the first to come first, and the
+        # revision at which that was noticed.
+        self.unreferenced: dict[bytes, int] = {}
         self.garbage_max = GARBAGE_MAX
         self.overlooked = False  # some did not find room there: their counts of 0 tell
+        # Whether collection leaves a blob alone though nothing names it: a backup has yet to read it.
+        self.spares: Callable[[bytes], bool] = _nothing
         # Awaited between the steps of long work, so that others get their turn.
         self.breathe: Callable[[], Awaitable[None]] = _no_pause
 
@@ -87,14 +127,16 @@ class Volume:
 
     def txn(self, compares: Sequence[Compare], then: Sequence[Operation]) -> Awaitable[TxnResult]:
         """A transaction that observers know to be this mount's own."""
+        if self.replicas.shared:
+            compares = [*compares, *references.guards(self.store, then)]
         return self.store.txn(compares, then, origin=self)
 
     def unreference(self, digests: Iterable[bytes]) -> None:
         """Notes candidates for collection. Their memory is bounded: see `overlooked`."""
-        unreferenced = self.unreferenced
+        unreferenced, revision = self.unreferenced, self.store.revision
         for digest in digests:
             if len(unreferenced) < self.garbage_max:
-                unreferenced[digest] = None
+                unreferenced[digest] = revision
             elif digest not in unreferenced:
                 self.overlooked = True
 
@@ -105,6 +147,10 @@ class Volume:
 
 async def _no_pause() -> None:
     """For those who have nobody to wait for."""
+
+
+def _nothing(_: bytes) -> bool:
+    return False
 
 
 def conflict(what: str) -> errors.Conflict:

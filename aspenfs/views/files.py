@@ -321,7 +321,10 @@ class OpenInode(OpenFile):
     async def read(self, offset: int, size: int) -> bytes:
         tree = self.tree
         inode = tree.volume.inode(self.node)
-        data = tree.content.read(self.node, offset, size, inode.size)
+        try:
+            data = tree.content.read(self.node, offset, size, inode.size)
+        except errors.Corrupt as problem:
+            data = await tree.content.read_through(self.node, offset, size, problem)
         tree.was_read(self.node, inode)
         return data  # type: ignore[return-value]  # any buffer will do for the kernel
 
