@@ -14,6 +14,8 @@ raise it for ever, as the process that held them is gone.
 
 Faults can be planned at operation numbers: `operations` counts the calls that change something or
 make it durable, so a test runs once, reads the counter, and then sweeps every number below it.
+A `gate` makes datasyncs take time: it is called, with the file name and no lock held, between what a sync
+covers being settled and its being durable.
 All methods may be called from any thread; equal seeds and equal orders of calls give equal images.
 """
 
@@ -21,6 +23,7 @@ import errno
 import os
 import random
 import threading
+from collections.abc import Callable
 from typing import Literal, NoReturn
 
 from aspenfs.sim.disk_image import Directory, Inode, NameChange, resize_image
@@ -119,13 +122,18 @@ class SimFile:
             if disk._down_now():
                 disk._go_down()
             fault = disk._planned("datasync")
+            covered = len(inode.pending)
+        if disk.gate is not None:
+            disk.gate(inode.name)  # others may write meanwhile, which this sync does not cover
+        with disk._lock:
+            self._check()
             if fault:
                 # As Linux does: what was not written back stays readable, counts as clean, and no
                 # later sync will write it.
                 inode.keep_some(disk._rng)
                 disk._lose_size(inode)
                 disk._fail(fault)
-            inode.sync()
+            inode.sync(covered)
 
     def size(self) -> int:
         with self._disk._lock:
@@ -142,6 +150,7 @@ class SimDisk:
     def __init__(self, seed: int = 0, *, capacity_bytes: int = 1 << 40) -> None:
         self.capacity_bytes = capacity_bytes
         self.operations = 0
+        self.gate: Callable[[str], object] | None = None
         self._rng = random.Random(seed)
         self._lock = threading.RLock()
         self._root = Directory()
@@ -254,6 +263,19 @@ class SimDisk:
         with self._lock:
             self._check_up(self._epoch)
             node = self._file(path)
+            directory, name = self._parent(path)
+            down = self._down_now()
+            if not down:
+                self._raise_planned("unlink")
+            self._change_names(NameChange(directory, (directory, name, node), None), down)
+
+    def remove_directory(self, path: str) -> None:
+        """As `RealDisk.remove_directory`."""
+        with self._lock:
+            self._check_up(self._epoch)
+            node = self._directory(path)
+            if node.entries:
+                raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
             directory, name = self._parent(path)
             down = self._down_now()
             if not down:
@@ -375,7 +397,7 @@ class SimDisk:
                 self._unlinked(replaced)
             directory.entries[name] = node
             if isinstance(node, Inode):
-                node.links = 1
+                node.links, node.name = 1, name
         self._names.append(change)
         if down:
             self._go_down()

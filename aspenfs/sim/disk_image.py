@@ -16,13 +16,14 @@ class Inode:
     `pending` holds, in order, either (first sector, bytes of whole sectors) or a new size.
     """
 
-    __slots__ = ("data", "durable", "links", "pending")
+    __slots__ = ("data", "durable", "links", "name", "pending")
 
     def __init__(self) -> None:
         self.data = bytearray()
         self.durable = bytearray()
         self.pending: list[tuple[int, bytes] | int] = []
         self.links = 0
+        self.name = ""  # the last one given to it
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
         end = offset + len(data)
@@ -50,15 +51,16 @@ class Inode:
                     flipped[where] ^= 1 << bit
                     self.pending[at] = (first, bytes(flipped))
 
-    def sync(self) -> None:
-        for change in self.pending:
+    def sync(self, changes: int) -> None:
+        """Make the first so many of `pending` durable."""
+        for change in self.pending[:changes]:
             if isinstance(change, int):
                 resize_image(self.durable, change)
             else:
                 first, data = change
                 self.durable[first * SECTOR : first * SECTOR + len(data)] = data
-        self.pending.clear()
-        assert len(self.durable) == len(self.data)
+        del self.pending[:changes]
+        assert self.pending or len(self.durable) == len(self.data)
 
     def keep_some(self, rng: random.Random) -> None:
         """Make a random legal subset of `pending` durable and forget the rest."""
