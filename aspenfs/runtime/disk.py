@@ -110,6 +110,10 @@ class RealDisk:
     def make_directory(self, path: str) -> None:
         os.makedirs(self._path(path), mode=0o700, exist_ok=True)
 
+    def remove_directory(self, path: str) -> None:
+        """An empty one; not of the port, see `swap.py`."""
+        os.rmdir(self._path(path))
+
     def sync_directory(self, path: str) -> None:
         fd = os.open(self._path(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

@@ -355,3 +355,15 @@ def test_threads_may_share_a_disk_and_a_file(disk: Disk) -> None:
         thread.join()
     assert file.pread(1 << 20, 0) == b"".join(bytes([worker]) * 64 for _ in range(200) for worker in range(4))
     file.close()
+
+
+def test_only_an_empty_directory_is_removed(tmp_path: Path) -> None:
+    for disk in (RealDisk(tmp_path), SimDisk()):
+        disk.make_directory("a/b")
+        with pytest.raises(OSError, match="not empty"):
+            disk.remove_directory("a")
+        disk.remove_directory("a/b")
+        disk.remove_directory("a")
+        with pytest.raises(FileNotFoundError):
+            disk.remove_directory("a")
+        assert disk.list("") == []
