@@ -23,6 +23,9 @@ class LocalStore:
     """A Store without a log. `event_factory` makes one-shot events of the caller's loop (trio.Event);
     `journal`, if given, gets the index and the bytes of each entry before it is accepted."""
 
+    node_id = 1
+    alone = True
+
     def __init__(
         self,
         clock: Clock,

@@ -22,6 +22,15 @@ Observer = Callable[[int, Sequence[Event], object], None]
 
 class Store(Protocol):
     @property
+    def node_id(self) -> int:
+        """Who this node is in its cluster; never anybody else's, and never 0."""
+
+    @property
+    def alone(self) -> bool:
+        """The cluster is this node: `txn` accepts by itself and does not suspend. While it is false, `txn`
+        returns when the transaction is committed and applied here, and others' come in between."""
+
+    @property
     def revision(self) -> int:
         """The newest revision visible to reads here."""
 

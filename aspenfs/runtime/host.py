@@ -57,6 +57,8 @@ _FREEING = frozenset((types.DELETE, types.DELETE_RANGE))
 class NodeStore:
     """A durable `kv.store.Store`. Made by `open`; durable in the background while `run` runs."""
 
+    alone = True  # until the log is replicated
+
     def __init__(self, node: Identity, wal: Wal, state: StateDb, clock: Clock, entropy: Entropy,
                  pre_sync: Sequence[Hook], disk: Disk, reserve: Reserve | None) -> None:
         self.identity = node
@@ -318,6 +320,10 @@ class NodeStore:
     def syncing(self) -> bool:
         """Whether the sync thread has work: somebody waits for it."""
         return self._syncer.busy
+
+    @property
+    def node_id(self) -> int:
+        return self.identity.node_id
 
     @property
     def revision(self) -> int:
