@@ -55,10 +55,16 @@ ELECTION_TICKS = 14  # silence after which a follower stands for election: 7 hea
 PROPOSAL_TIMEOUT_MS = 10_000  # a proposal or read that has no majority by then fails with NoQuorum
 PROPOSALS_BYTES_MAX = 64 * MIB  # proposed here and not yet resolved; beyond it writers wait
 RAFT_APPEND_BYTES_MAX = 1 * MIB  # entries in one append message, or one entry that is larger
+RAFT_APPEND_ENTRIES_MAX = 4_096  # and entries; what one message may make a receiver allocate
 RAFT_INFLIGHT_MESSAGES_MAX = 256  # appends on their way to one follower
 RAFT_INFLIGHT_BYTES_MAX = 16 * MIB  # and their bytes
 RAFT_UNCOMMITTED_BYTES_MAX = 64 * MIB  # in a leader's log behind its commit index; beyond it proposals wait
+RAFT_UNAPPLIED_BYTES_MAX = 128 * MIB  # in a node's log and not yet applied; beyond it appends are dropped
+RAFT_APPLY_BYTES_MAX = 4 * MIB  # handed out for applying in one turn
+RAFT_READS_MAX = 4_096  # read requests that a leader keeps waiting; more are dropped, to be asked again
+RAFT_CONTEXT_BYTES_MAX = 1 * KIB  # of a message or a change of the configuration
 RAFT_LOG_BYTES_MAX = 32 * MIB  # entries in memory for followers that lag; who lags more gets a snapshot
+LEARNER_LAG_MAX = 1_000  # entries behind the leader with which a learner may become a voter
 PEER_REQUEST_BYTES_MAX = 4 * MIB  # one request or answer between nodes
 BLOB_PIN_S = 120  # a chunk pushed or asked for is spared by collection so long, whatever names it
 BLOB_PINS_MAX = 512 * KIB  # such chunks on one node, some 110 bytes each; more are refused for a while
@@ -133,4 +139,6 @@ assert HEARTBEAT_TICKS * 4 < ELECTION_TICKS
 assert TXN_BYTES_MAX + 16 < WAL_FRAME_BYTES_MAX < RAFT_INFLIGHT_BYTES_MAX
 assert WAL_FRAME_BYTES_MAX < PEER_FRAME_BYTES_MAX < PEER_REQUESTS_BYTES_MAX < PEER_QUEUE_BYTES_MAX
 assert RAFT_INFLIGHT_BYTES_MAX < PEER_QUEUE_BYTES_MAX  # flow control acts first
+assert RAFT_UNCOMMITTED_BYTES_MAX < RAFT_UNAPPLIED_BYTES_MAX
+assert RAFT_APPEND_ENTRIES_MAX < PEER_ITEMS_MAX
 assert 3 * PEER_PING_MS < PEER_IDLE_MS
