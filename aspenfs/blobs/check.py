@@ -1,4 +1,5 @@
-"""Reading every chunk and comparing it with its name, for `aspen check`; repair only when asked."""
+"""Going through every chunk: to compare it with its name, for `aspen check` (repair only when asked), or to
+see which there are."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -59,6 +60,22 @@ def verify(
                 yield Finding(digest, None)
         if quarantine and number in segments.segments:
             _clear(segments, segment, table)
+
+
+def walk(segments: SegmentSet, index: BlobIndex) -> Iterator[bytes]:
+    """The digest of each chunk."""
+    for number in sorted(segments.segments):
+        segment = segments.segments.get(number)
+        if segment is None:
+            continue
+        for prefix, offset, _ in segments.table(segment).chunks():
+            location = location_of(number, offset)
+            if number in segments.segments and index.contains(prefix, location):
+                try:
+                    digest = segments.header(location).digest
+                except Corrupt:
+                    continue  # who reads it, or `verify`, finds that out
+                yield digest
 
 
 def _clear(segments: SegmentSet, segment: Segment, table: Table) -> None:

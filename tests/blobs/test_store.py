@@ -273,3 +273,44 @@ def test_one_collection_at_a_time() -> None:
     for _ in store.collect():
         pass
     assert store.stats().total_bytes < before
+
+
+def test_add_stores_what_is_not_there_and_says_so() -> None:
+    store = small(SimDisk())
+    digest = digest_of(chunk(1))
+    assert store.add(digest, chunk(1))
+    assert not store.add(digest, chunk(1))
+    assert store.put(chunk(1)) == digest
+    assert store.stats().chunks == 1
+    with pytest.raises(InvalidArgument):
+        store.add(digest_of(b""), b"")
+
+
+def test_reading_once_leaves_the_cache_to_those_who_come_back() -> None:
+    store = small(SimDisk(), cache_bytes=600)
+    kept, passing = store.put(chunk(1)), [store.put(chunk(number)) for number in range(2, 9)]
+    cached = store.get(kept)
+    for digest in passing:
+        assert digest_of(store.read(digest)) == digest
+    assert store.get(kept) is cached
+    assert store.read(kept) is cached
+    with pytest.raises(NotFound):
+        store.read(bytes(32))
+
+
+def test_digests_gives_each_chunk_that_is_there_whatever_segment_it_lies_in() -> None:
+    disk = SimDisk()
+    store = small(disk)
+    digests = [store.put(chunk(number)) for number in range(60)]
+    store.delete(digests[:20])
+    assert sorted(store.digests()) == sorted(digests[20:])
+    walk = store.digests()
+    assert next(walk) in digests[20:]
+    store.sync()
+    for _ in store.collect():
+        pass
+    late = store.put(chunk(99))
+    assert {*walk} <= {*digests[20:], late}
+    assert sorted(store.digests()) == sorted([*digests[20:], late])
+    store.close()
+    assert sorted(small(disk).digests()) == sorted([*digests[20:], late])
