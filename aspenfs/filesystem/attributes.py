@@ -149,15 +149,11 @@ class AttributeOperations:
             raise errors.NotSupported(f"extended attributes are kept in {NAMESPACES}")
         if len(value) > XATTR_VALUE_BYTES_MAX:
             raise errors.ArgumentTooLong(f"a value has at most {XATTR_VALUE_BYTES_MAX} bytes")
-        prefix = XATTR_PREFIX + number(node)
-        sizes = {key[11:]: len(record.value) for key, record in self.store.range(prefix, prefix_end(prefix))}
-        sizes[name] = len(value)
-        if sum(map(len, sizes)) + len(sizes) > XATTR_LIST_BYTES_MAX or sum(sizes.values()) > XATTR_BYTES_MAX:
-            raise errors.NoSpace("too many extended attributes")
         for _ in range(ATTEMPTS):
             record = self.store.get(inode_key(node))
             if record is None:
                 raise errors.Stale(f"inode {node} is gone")
+            self._check_room(node, name, value)
             inode = unpack_inode(record.value)
             edits: list[Edit] = [patch(CTIME, I64(self.volume.now()))]
             keep = True
@@ -178,6 +174,15 @@ class AttributeOperations:
             if result.succeeded:
                 return
         raise conflict("setxattr")
+
+    def _check_room(self, node: int, name: bytes, value: bytes) -> None:
+        """NoSpace if the attributes would be too much with this one. Each change of one changes the inode,
+        so whoever compares that one's revision may rely on the answer."""
+        prefix = XATTR_PREFIX + number(node)
+        sizes = {key[11:]: len(record.value) for key, record in self.store.range(prefix, prefix_end(prefix))}
+        sizes[name] = len(value)
+        if sum(map(len, sizes)) + len(sizes) > XATTR_LIST_BYTES_MAX or sum(sizes.values()) > XATTR_BYTES_MAX:
+            raise errors.NoSpace("too many extended attributes")
 
     async def remove(self, node: int, name: bytes) -> None:
         """NoAttribute."""

@@ -18,9 +18,12 @@ from aspenfs.filesystem.layout import (
     DIRENT_PREFIX,
     ENTRIES,
     FORMAT,
+    FORMAT_AT,
+    GID,
     HAS_XATTRS,
     I64,
     INODE,
+    MODE,
     MTIME,
     NLINK,
     ORPHAN_PREFIX,
@@ -45,6 +48,7 @@ from aspenfs.kv.types import (
     Operation,
     absent,
     add,
+    compare_field,
     compare_mod_revision,
     compare_value,
     delete,
@@ -121,9 +125,18 @@ class Namespace:
     # --- making ---
 
     async def make(
-        self, parent: int, name: bytes, mode: int, uid: int, gid: int, rdev: int = 0, target: bytes = b""
+        self,
+        parent: int,
+        name: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
+        rdev: int = 0,
+        target: bytes = b"",
+        node: int = 0,
     ) -> tuple[int, Inode]:
-        """A new inode of any type under a new name; `mode` with its type bits. AlreadyExists.
+        """A new inode of any type under a new name; `mode` with its type bits, `node` an id that nobody has
+        had (0: makes one). AlreadyExists.
 
         In a set-group-ID directory it gets the directory's group, and a directory the bit too
         (mkdir(2), inode(7)).
@@ -132,26 +145,34 @@ class Namespace:
             raise errors.NameTooLong(f"a name has at most {NAME_BYTES_MAX} bytes")
         if len(target) > SYMLINK_BYTES_MAX:
             raise errors.NameTooLong(f"a symbolic link's target has at most {SYMLINK_BYTES_MAX} bytes")
-        kind = mode >> 12
         name_key, parent_key = dirent_key(parent, name), inode_key(parent)
-        node = await self.volume.new_id()
+        node = node or await self.volume.new_id()
         for _ in range(ATTEMPTS):
-            above = self.volume.directory(parent)
+            compares, mode_now, gid_now, inherited = self._heritage(parent, node, mode, gid)
             if self.store.get(name_key) is not None:
                 raise errors.AlreadyExists(name)
-            if above.mode & stat.S_ISGID:
-                gid = above.gid
-                if kind == DIRECTORY:
-                    mode |= stat.S_ISGID
-            inherited: list[Operation] = []
-            if above.flags & HAS_XATTRS and kind != SYMLINK:
-                mode, inherited = self._inherit(parent, node, mode, kind)
             now = self.volume.now()
+            kind = mode >> 12
             nlink, up = (2, parent) if kind == DIRECTORY else (1, 0)
             flags = HAS_XATTRS if inherited else 0
-            fields = (nlink, len(target), 0, 0, now, now, now, mode, uid, gid, rdev, up, FORMAT, flags)
+            fields = (
+                nlink,
+                len(target),
+                0,
+                0,
+                now,
+                now,
+                now,
+                mode_now,
+                uid,
+                gid_now,
+                rdev,
+                up,
+                FORMAT,
+                flags,
+            )
             result = await self.store.txn(
-                (absent(name_key), exists(parent_key)),
+                (absent(name_key), *compares),
                 (
                     put(name_key, DIRENT.pack(node, kind)),
                     put(inode_key(node), INODE.pack(*fields) + target),
@@ -165,17 +186,39 @@ class Namespace:
                 return node, Inode._make(fields)
         raise conflict("create")
 
-    def _inherit(self, parent: int, node: int, mode: int, kind: int) -> tuple[int, list[Operation]]:
-        """The mode of a new inode under a directory's default ACL, and the ACLs that it gets."""
-        default = self.store.get(xattr_key(parent, acl.DEFAULT))
-        if default is None:
-            return mode, []
-        access, mode = acl.inherited(acl.parse(default.value), mode)
+    def _heritage(
+        self, parent: int, node: int, mode: int, gid: int
+    ) -> tuple[list[Compare], int, int, list[Operation]]:
+        """Mode, group and ACLs of a new inode in `parent`, and compares that hold while that is so."""
+        key = inode_key(parent)
+        above = self.volume.directory(parent)
+        compares = (
+            [exists(key)] if self.store.alone else [_same(key, above, MODE), _same(key, above, FORMAT_AT)]
+        )
+        directory = mode >> 12 == DIRECTORY
+        if above.mode & stat.S_ISGID:
+            compares.append(_same(key, above, GID))
+            gid = above.gid
+            if directory:
+                mode |= stat.S_ISGID
+        inherited: list[Operation] = []
+        if above.flags & HAS_XATTRS and mode >> 12 != SYMLINK:
+            default = self.store.get(xattr_key(parent, acl.DEFAULT))
+            revision = 0 if default is None else default.mod_revision
+            compares.append(compare_mod_revision(xattr_key(parent, acl.DEFAULT), EQUAL, revision))
+            if default is not None:
+                mode, inherited = self._inherit(default.value, node, mode, directory)
+        return compares, mode, gid, inherited
+
+    @staticmethod
+    def _inherit(default: bytes, node: int, mode: int, directory: bool) -> tuple[int, list[Operation]]:
+        """The mode of a new inode under a default ACL, and the ACLs that it gets."""
+        access, mode = acl.inherited(acl.parse(default), mode)
         operations: list[Operation] = []
         if not acl.is_minimal(access):
             operations.append(put(xattr_key(node, acl.ACCESS), acl.pack(access)))
-        if kind == DIRECTORY:
-            operations.append(put(xattr_key(node, acl.DEFAULT), default.value))
+        if directory:
+            operations.append(put(xattr_key(node, acl.DEFAULT), default))
         return mode, operations
 
     async def link(self, node: int, parent: int, name: bytes) -> Inode:
@@ -474,6 +517,13 @@ class _Change:
         self.references: References | None = None
         self.locked = False
         self.going = 0
+
+
+def _same(key: bytes, inode: Inode, offset: int) -> Compare:
+    """The eight bytes at `offset` of an inode are as they were read: one field, or two that lie together."""
+    return compare_field(
+        key, offset, EQUAL, int.from_bytes(INODE.pack(*inode)[offset : offset + 8], "little", signed=True)
+    )
 
 
 def _parent_edits(entries: int, directories: int, now: int) -> list[Edit]:

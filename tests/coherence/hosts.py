@@ -1,0 +1,278 @@
+"""Several hosts over one replicated store, without Raft: one log, and a replica of the state on each host.
+
+What a host may see differently from another one is what a real cluster lets differ: how far it has applied
+the log, when its own proposals come back to it, and whether it reaches the others at all. All of it is
+decided by a seed, in virtual time (`trio.testing.MockClock`), so a run that fails fails again.
+
+    Log         what is agreed: one order of commands
+    HostStore   the Store port of one host: an engine of its own that is fed from the log
+    Host        what is mounted there: volume, trees
+    Hosts       the log and the hosts; `run` makes one and runs a test in it
+"""
+
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import trio
+import trio.testing
+
+from aspenfs import errors
+from aspenfs.filesystem.check import Check, Problem
+from aspenfs.filesystem.volume import Volume
+from aspenfs.kv import commands
+from aspenfs.kv.commands import Command
+from aspenfs.kv.engine import Engine
+from aspenfs.kv.memory import MemoryState
+from aspenfs.kv.state import Outcome
+from aspenfs.kv.store import Dedup, Observer
+from aspenfs.kv.types import Batch, Compare, Operation, Record, TxnResult
+from aspenfs.limits import PROPOSAL_TIMEOUT_MS
+from tests.filesystem.volumes import MemoryBlobs
+from tests.views.subject import CountingEntropy
+
+EPOCH_NS = 1_700_000_000_000_000_000
+TIMEOUT_S = PROPOSAL_TIMEOUT_MS / 1000
+
+
+class VirtualClock:
+    """The time of the virtual clock; no two looks give the same."""
+
+    def __init__(self) -> None:
+        self._last = EPOCH_NS
+
+    def time_ns(self) -> int:
+        self._last = max(self._last + 1, EPOCH_NS + int(trio.current_time() * 1e9))
+        return self._last
+
+    def monotonic_ns(self) -> int:
+        return self.time_ns()
+
+
+class Entry(NamedTuple):
+    command: Command
+    proposer: int  # node id
+    origin: object
+
+
+class HostStore:
+    """The Store port on one host. `delay` gives how long an entry takes to get here, in virtual seconds."""
+
+    def __init__(self, hosts: "Hosts", node_id: int, delay: Callable[[], float]) -> None:
+        self.hosts, self.node_id, self.delay = hosts, node_id, delay
+        self.state = MemoryState()
+        self.engine = Engine(self.state, hosts.clock, CountingEntropy(), trio.Event)
+        self.get, self.range, self.scan = self.engine.get, self.engine.range, self.engine.scan
+        self.outcomes: dict[int, Outcome] = {}  # of entries that somebody here waits for
+        self.paused = False  # applies nothing: a slow host
+        self.cut = False  # and reaches nobody: a partition
+        self._moved = trio.Event()
+
+    @property
+    def alone(self) -> bool:
+        return self.hosts.alone
+
+    @property
+    def revision(self) -> int:
+        return self.engine.revision
+
+    @property
+    def replay_floor(self) -> int:
+        return self.engine.revision
+
+    # --- applying ---
+
+    def apply_next(self) -> None:
+        """One more entry, as the replica does it: evaluated, shown, told to observers."""
+        entry = self.hosts.log[self.revision]
+        origin = entry.origin if entry.proposer == self.node_id else None
+        index, outcome = self.engine.submit(entry.command, origin)
+        self.engine.committed_to(index)
+        self.state.apply(self.engine.overlay.pending(index))
+        self.engine.overlay.settle(index)
+        if index in self.outcomes:
+            self.outcomes[index] = outcome
+        self._moved.set()
+        self._moved = trio.Event()
+
+    def catch_up(self) -> None:
+        while self.revision < len(self.hosts.log):
+            self.apply_next()
+
+    async def pump(self) -> None:
+        while True:
+            if self.revision < len(self.hosts.log) and not (self.paused or self.cut):
+                await trio.sleep(self.delay())
+                if self.revision < len(self.hosts.log) and not (self.paused or self.cut):
+                    self.apply_next()
+            else:
+                await self.hosts.changed.wait()
+
+    async def _until(self, index: int) -> None:
+        with trio.move_on_after(TIMEOUT_S):
+            while self.revision < index:
+                await self._moved.wait()
+        if self.revision < index:
+            raise errors.NoQuorum("the entry did not come back in time")
+
+    # --- the port ---
+
+    async def txn(
+        self,
+        compares: Sequence[Compare],
+        then: Sequence[Operation],
+        else_: Sequence[Operation] = (),
+        *,
+        dedup: Dedup | None = None,
+        origin: object = None,
+    ) -> TxnResult:
+        command, _ = self.engine.txn_command(compares, then, else_, dedup)
+        result = await self._run(command, origin)
+        assert isinstance(result, TxnResult)
+        return result
+
+    async def _run(self, command: Command, origin: object = None) -> Any:
+        command = commands.decode(commands.encode(command))  # what travels is bytes
+        if self.cut:
+            await trio.sleep(TIMEOUT_S)
+            raise errors.NoQuorum("nobody answers")
+        if not self.alone:
+            await trio.sleep(self.delay())  # to the leader
+        log = self.hosts.log
+        log.append(Entry(command, self.node_id, origin))
+        index = len(log)
+        self.outcomes[index] = Outcome(None, (), ())
+        self.hosts.tell()
+        try:
+            if self.alone:
+                self.catch_up()
+            await self._until(index)
+            result = self.outcomes[index].result
+        finally:
+            del self.outcomes[index]
+        if isinstance(result, errors.AspenError):
+            raise result
+        return result
+
+    async def committed(self, revision: int | None = None) -> int:
+        return await self.engine.committed(revision)
+
+    def observe(self, observer: Observer) -> Callable[[], None]:
+        return self.engine.observe(observer)
+
+    def watch(self, start: bytes, end: bytes, *, from_revision: int | None = None) -> AsyncIterator[Batch]:
+        return self.engine.watch(start, end, from_revision=from_revision)
+
+    async def lease_grant(self, ttl_ms: int, lease: int = 0) -> int:
+        return int(await self._run(self.engine.grant_command(ttl_ms, lease)))
+
+    async def lease_keepalive(self, lease: int) -> int:
+        return int(await self._run(self.engine.keepalive_command(lease)))
+
+    async def lease_revoke(self, lease: int) -> None:
+        await self._run(self.engine.revoke_command(lease))
+
+    def leases(self) -> list[tuple[int, int, int]]:
+        return self.engine.leases()
+
+    async def compact(self, revision: int) -> None:
+        while await self._run(self.engine.compact_command(revision)):
+            pass
+
+    async def barrier(self) -> int:
+        if self.cut:
+            await trio.sleep(TIMEOUT_S)
+            raise errors.NoQuorum("nobody answers")
+        end = len(self.hosts.log)
+        if self.revision < end:
+            await self._until(end)
+        return self.revision
+
+    async def fence(self, revision: int) -> None:
+        await self._until(revision)
+
+
+class Hosts:
+    """The agreed log and those who follow it. `random` is the only source of chance."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.random = random.Random(seed)
+        self.clock = VirtualClock()
+        self.blobs = MemoryBlobs()  # replicated beside the log: every host has every chunk
+        self.log: list[Entry] = []
+        self.alone = False
+        self.changed = trio.Event()
+        self.hosts: list[Any] = []
+        self.nursery: trio.Nursery
+
+    def tell(self) -> None:
+        self.changed.set()
+        self.changed = trio.Event()
+
+    def store(self, node_id: int, delay_s: float = 0.002) -> HostStore:
+        """A store that applies what is agreed, each entry within `delay_s`."""
+        store = HostStore(self, node_id, lambda: self.random.uniform(0, delay_s))
+        store.catch_up()
+        self.nursery.start_soon(store.pump)
+        return store
+
+    def volume(self, node_id: int, delay_s: float = 0.002) -> Volume:
+        return Volume(self.store(node_id, delay_s), self.blobs, self.clock)
+
+    async def end_leases(self) -> None:
+        """What the leader does now and then."""
+        store = HostStore(self, 0, lambda: 0.0)
+        while True:
+            await trio.sleep(0.25)
+            store.catch_up()
+            command = store.engine.expire_command()
+            if command is not None:
+                self.log.append(Entry(command, 0, None))
+                self.tell()
+
+    def problems(self) -> list[Problem]:
+        """What is wrong with files/ after all that is agreed."""
+        store = HostStore(self, 0, lambda: 0.0)
+        store.catch_up()
+        return list(Check(store, self.blobs.has).problems())
+
+    def rows(self, prefix: bytes) -> Iterator[tuple[bytes, Record]]:
+        store = HostStore(self, 0, lambda: 0.0)
+        store.catch_up()
+        return store.scan(prefix, prefix + b"\xff" * 300)
+
+
+def run(test: Callable[[Hosts], Awaitable[None]], seed: int = 0, *, seconds: float = 600) -> None:
+    """Runs `test` in virtual time; afterwards every invariant of files/ holds."""
+
+    async def main() -> None:
+        hosts = Hosts(seed)
+        async with trio.open_nursery() as nursery:
+            hosts.nursery = nursery
+            nursery.start_soon(hosts.end_leases)
+            with trio.fail_after(seconds):
+                await test(hosts)
+            nursery.cancel_scope.cancel()
+        assert hosts.problems() == []
+
+    # As pytest-trio does it: the order in which tasks run is a function of the seed too.
+    scheduling = vars(trio._core._run)
+    scheduling["_ALLOW_DETERMINISTIC_SCHEDULING"] = True
+    scheduling["_r"].seed(seed)
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+async def together(*works: Callable[[], Awaitable[object]]) -> list[Any]:
+    """All at once; what each returned, or the error of ours that it raised."""
+    results: list[Any] = [None] * len(works)
+
+    async def one(at: int, work: Callable[[], Awaitable[object]]) -> None:
+        try:
+            results[at] = await work()
+        except errors.AspenError as error:
+            results[at] = error
+
+    async with trio.open_nursery() as nursery:
+        for at, work in enumerate(works):
+            nursery.start_soon(one, at, work)
+    return results
