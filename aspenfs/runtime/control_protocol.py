@@ -111,10 +111,14 @@ def read_request(message: Message) -> Request:
 # --- errors: the class's name crosses the socket, so both ends raise the same one ---
 
 
+_NUMBERS = ((errors.Compacted, "oldest"), (errors.Lagged, "revision"), (errors.NotLeader, "leader"))
+
+
 def encode_error(error: errors.AspenError) -> Message:
     body: Message = {"name": type(error).__name__, "message": str(error)}
-    if isinstance(error, errors.Compacted):
-        body["oldest"] = error.oldest
+    for kind, attribute in _NUMBERS:
+        if isinstance(error, kind):
+            body[attribute] = getattr(error, attribute)
     return body
 
 
@@ -128,6 +132,8 @@ def decode_error(body: Any) -> errors.AspenError:
         return errors.RemoteFailure(f"{name}: {message}")
     # Not called: what __init__ of some classes wants beside the text did not travel.
     error = found.__new__(found, message)
-    if isinstance(error, errors.Compacted):
-        error.oldest = int(body.get("oldest", 0))
+    for kind, attribute in _NUMBERS:
+        if isinstance(error, kind):
+            number = body.get(attribute)
+            setattr(error, attribute, number if type(number) is int else 0)
     return error
