@@ -56,6 +56,8 @@ class MountOptions:
     entry_timeout_s: float | None = None
     spin_us: int | None = None  # how long to poll before sleeping; None: the daemon's own
     log_level: LogLevel = "info"
+    listen: str | None = None  # HOST:PORT for other nodes; None: what the state directory says
+    advertise: tuple[str, ...] = ()  # HOST:PORT at which they find this node; (): so too
     fsname: str  # the first column of df(1); NAME[:/subtree] unless chosen
 
     def at(self, mountpoint: str) -> Self:
@@ -67,7 +69,8 @@ class MountOptions:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        return cls(**json.loads(text))
+        fields = json.loads(text)
+        return cls(**{**fields, "advertise": tuple(fields["advertise"])})
 
     def fuse_options(self) -> set[str]:
         """What libfuse is told; the rest is the daemon's own business.
@@ -122,7 +125,8 @@ def parse_mount(
             if not text:
                 raise errors.InvalidArgument(f"option {key} needs a value: {key}=…")
             field, reader = _VALUES[key]
-            values[field] = reader(key, text)
+            value = reader(key, text)
+            values[field] = (*values.get(field, ()), value) if field in _LISTS else value
         elif key in _REFUSED:
             raise errors.InvalidArgument(f"option {key}: {_REFUSED[key]}")
         else:
@@ -214,6 +218,15 @@ def _absolute(key: str, text: str) -> str:
     return os.path.normpath(text)
 
 
+def _address(key: str, text: str) -> str:
+    from aspenfs.runtime.peers import addresses  # here: it brings trio, which most mounts need not wait for
+
+    try:
+        return str(addresses.parse(text, listen=key == "listen"))
+    except errors.InvalidArgument as error:
+        raise errors.InvalidArgument(f"option {key}: {error}") from None
+
+
 def _plain(key: str, text: str) -> str:
     """Text that needs no quoting in libfuse's options and in /proc/mounts."""
     if not text.isprintable() or "\\" in text or " " in text:
@@ -256,6 +269,7 @@ _VALUES: dict[str, tuple[str, Callable[[str, str], object]]] = {
     "spin_us": ("spin_us", _microseconds),
     "state_dir": ("state_dir", _absolute),
     "log_level": ("log_level", _choice(get_args(LogLevel))),
+    "listen": ("listen", _address),
     "fsname": ("fsname", _plain),
 }
 

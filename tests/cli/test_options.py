@@ -113,6 +113,13 @@ def test_values_are_read_in_their_units() -> None:
     assert (options.state_dir, options.fsname) == ("/srv/state", "shop")
 
 
+def test_addresses_get_their_port_and_each_advertised_one_counts() -> None:
+    assert (parse().listen, parse().advertise) == (None, ())
+    options = parse("listen=*,advertise=db1.example.net,advertise=[2001:db8::1]:7", "listen=192.0.2.7:0")
+    assert options.listen == "192.0.2.7:0"
+    assert options.advertise == ("db1.example.net:7420", "[2001:db8::1]:7")
+
+
 def test_uid_may_be_a_name() -> None:
     somebody = pwd.getpwall()[-1]
     assert parse(f"uid={somebody.pw_name}").uid == somebody.pw_uid
@@ -139,6 +146,9 @@ def test_uid_may_be_a_name() -> None:
         "consistency=",
         "log_level=loud",
         "state_dir=here",
+        "listen=host:port",
+        "advertise=*:7420",  # nobody can connect to every address
+        "advertise=",
         "fsname=a b",
         "ro=1",
         "sync=",
@@ -182,6 +192,7 @@ def test_dev_and_suid_have_names_that_old_mount_programs_hand_on() -> None:
         fsname=st.text(max_size=9),
         umask=st.none() | st.integers(0, 0o777),
         attr_timeout_s=st.none() | st.floats(0, 3600),
+        advertise=st.lists(st.text(max_size=9)).map(tuple),
     )
 )
 def test_json_carries_the_options_unchanged(options: MountOptions) -> None:
