@@ -269,9 +269,11 @@ _VALUES: dict[str, tuple[str, Callable[[str, str], object]]] = {
     "spin_us": ("spin_us", _microseconds),
     "state_dir": ("state_dir", _absolute),
     "log_level": ("log_level", _choice(get_args(LogLevel))),
-    "listen": ("listen", _address),
     "fsname": ("fsname", _plain),
+    "listen": ("listen", _address),
+    "advertise": ("advertise", _address),
 }
+_LISTS = frozenset({"advertise"})  # of these each one counts, not the last
 
 # Meant for mount(8), fstab(5) and systemd, which hand some of them on to us; or always so.
 # fmt: off
