@@ -55,7 +55,7 @@ ELECTION_TICKS = 14  # silence after which a follower stands for election: 7 hea
 PROPOSAL_TIMEOUT_MS = 10_000  # a proposal or read that has no majority by then fails with NoQuorum
 PROPOSALS_BYTES_MAX = 64 * MIB  # proposed here and not yet resolved; beyond it writers wait
 RAFT_APPEND_BYTES_MAX = 1 * MIB  # entries in one append message, or one entry that is larger
-RAFT_APPEND_ENTRIES_MAX = 4_096  # and entries; what one message may make a receiver allocate
+RAFT_APPEND_ENTRIES_MAX = 32_768  # and entries; what one message may make a receiver allocate
 RAFT_INFLIGHT_MESSAGES_MAX = 256  # appends on their way to one follower
 RAFT_INFLIGHT_BYTES_MAX = 16 * MIB  # and their bytes
 RAFT_UNCOMMITTED_BYTES_MAX = 64 * MIB  # in a leader's log behind its commit index; beyond it proposals wait
@@ -78,6 +78,11 @@ BLOB_FETCH_AHEAD_MAX = 256  # and chunks
 BLOB_FETCH_REQUESTS_MAX = 4  # for chunks that nobody waits for yet, at once
 BLOB_MISSING_MAX = 64 * KIB  # known to be missing here, some 200 bytes each; a walk finds the others later
 SNAPSHOT_AGE_MAX_S = 600  # a snapshot being sent pins pages of the state so long at most
+SNAPSHOT_IDLE_S_MAX = 60  # and is dropped when nobody has read from it for so long
+SNAPSHOTS_MAX = 2  # being sent at a time; who asks for more waits
+SNAPSHOT_BLOCK_BYTES = 1 * MIB  # of rows in one answer, or one row that is larger
+SNAPSHOT_GROWTH_BYTES_MAX = 8 * GIB  # the state's file, which never shrinks, may grow on its account
+SNAPSHOT_FREE_BYTES_MIN = 256 * MIB  # with less left on the disk it is dropped
 
 # --- between nodes ---
 PEER_PORT = 7420
@@ -109,6 +114,7 @@ JOIN_FAILURE_S = 6
 CERTIFICATE_S = 365 * 86_400  # of a node; renewed when two thirds are over
 CA_CERTIFICATE_S = 20 * 365 * 86_400
 CERTIFICATE_SKEW_S = 3_600  # a certificate begins so long before it was made: clocks differ
+CA_CHECK_S = 10  # between two looks at certificates; a change in the store is seen at once
 
 # --- control socket ---
 CONTROL_FRAME_BYTES_MAX = 4 * MIB  # one message: a transaction or one page of a listing
@@ -123,6 +129,9 @@ CONTROL_DELETE_KEYS = 256  # keys that one step of a deletion by prefix removes;
 # --- the kernel's side ---
 REQUESTS_IN_FLIGHT_MAX = 256  # handlers at work at once; further requests wait in the kernel
 NOTIFY_PENDING_MAX = 65_536  # invalidations not yet told; beyond it every known inode is told instead
+LISTING_NAMES_MAX = 262_144  # kept in order for readers of directories, some 80 bytes each
+LISTING_STRETCH_NAMES_MAX = 65_536  # kept of one directory by one pass over it; larger ones take several
+LISTING_STEP_NAMES = 1_024  # of such a pass before others get their turn: a few ms
 
 assert VALUE_BYTES_MAX < TXN_BYTES_MAX < WAL_FRAME_BYTES_MAX < WAL_SEGMENT_BYTES
 assert KEY_BYTES_MAX * 2 + 32 < STORE_KEY_BYTES_MAX
@@ -134,6 +143,8 @@ assert CHUNK_BYTES_MAX < BLOB_SEGMENT_BYTES < 1 << 32
 assert CHUNK_BYTES_MAX + 64 * KIB < PEER_REQUEST_BYTES_MAX
 assert BLOB_ASK_MAX * 64 <= 64 * KIB  # so much of a request is room for digests
 assert PEER_REQUEST_BYTES_MAX * BLOB_PUSH_REQUESTS_MAX <= BLOB_PUSH_BYTES_MAX
+assert SNAPSHOT_BLOCK_BYTES + 2 * VALUE_BYTES_MAX < PEER_REQUEST_BYTES_MAX  # a largest row fits
+assert SNAPSHOT_FREE_BYTES_MIN > 2 * RESERVE_BYTES  # before the state finds no room
 assert PROPOSAL_TIMEOUT_MS < 1000 * BLOB_PIN_S / 4  # what a proposal names is there when it is applied
 assert HEARTBEAT_TICKS * 4 < ELECTION_TICKS
 assert TXN_BYTES_MAX + 16 < WAL_FRAME_BYTES_MAX < RAFT_INFLIGHT_BYTES_MAX
@@ -142,3 +153,4 @@ assert RAFT_INFLIGHT_BYTES_MAX < PEER_QUEUE_BYTES_MAX  # flow control acts first
 assert RAFT_UNCOMMITTED_BYTES_MAX < RAFT_UNAPPLIED_BYTES_MAX
 assert RAFT_APPEND_ENTRIES_MAX < PEER_ITEMS_MAX
 assert 3 * PEER_PING_MS < PEER_IDLE_MS
+assert LISTING_STEP_NAMES <= LISTING_STRETCH_NAMES_MAX <= LISTING_NAMES_MAX // 4  # four side by side

@@ -1,0 +1,362 @@
+"""Keeper: what a running node does about certificates: renewing its own, signing for others, rotating CAs.
+
+Belongs here: the requests `ca.*`, the row `c/authority`, the steps of a rotation. Not here: the files
+(`credentials.py`), letting new nodes in (`admission.py`).
+
+The row says which CAs the cluster trusts and which one signs; it holds nothing secret. The keys are on the
+voters only, so that every leader can sign; a new voter asks another one for them, over its TLS link.
+Everything is one loop that compares what is here with what the row says, and brings it nearer: it may be
+cut off anywhere.
+
+    c/authority  ->  msgpack map {certificates: [DER, …], signing: SHA-256 of a public key}
+"""
+
+import logging
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, NamedTuple, Protocol
+
+import msgpack
+import trio
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from aspenfs import errors
+from aspenfs.errors import AccessDenied, AspenError, InvalidArgument, NotSupported
+from aspenfs.kv.store import Store
+from aspenfs.kv.types import EQUAL, absent, compare_mod_revision, put
+from aspenfs.limits import CA_CHECK_S, PROPOSAL_TIMEOUT_MS
+from aspenfs.runtime import identity
+from aspenfs.runtime.peers import ca, credentials
+from aspenfs.runtime.peers.ca import Authority, NodeName
+from aspenfs.runtime.peers.credentials import Credentials
+from aspenfs.runtime.peers.network import Member, PeerNetwork
+from aspenfs.seams import Clock
+
+log = logging.getLogger(__name__)
+
+ROW_KEY: Final = b"c/authority"
+RENEW, KEYS, STATE = "ca.renew", "ca.keys", "ca.state"
+
+_ASK_S = PROPOSAL_TIMEOUT_MS / 1000
+
+
+class Cluster(Protocol):
+    """What the keeper needs of the node; its host implements it."""
+
+    def table(self) -> Mapping[int, Member]: ...
+
+    def is_voter(self, node: int) -> bool: ...
+
+
+class Row(NamedTuple):
+    certificates: tuple[x509.Certificate, ...]
+    signing: bytes  # fingerprint of the one that signs
+
+    def pack(self) -> bytes:
+        packed: bytes = msgpack.packb({"certificates": [ca.der(each) for each in self.certificates],
+                                       "signing": self.signing})  # fmt: skip
+        return packed
+
+    @property
+    def fingerprints(self) -> set[bytes]:
+        return {ca.fingerprint(each) for each in self.certificates}
+
+
+def read_row(store: Store) -> tuple[Row, int] | None:
+    """The row and its mod revision."""
+    record = store.get(ROW_KEY)
+    if record is None:
+        return None
+    fields = msgpack.unpackb(record.value)
+    return Row(tuple(ca.load_certificates(fields["certificates"])), fields["signing"]), record.mod_revision
+
+
+class State(NamedTuple):
+    """How far a node has come with a rotation: fingerprints of CAs."""
+
+    trusted: tuple[bytes, ...]
+    issuer: bytes  # of its certificate
+    keys: tuple[bytes, ...]
+
+
+class Keeper:
+    """Made once a node has credentials. `run` as long as the node runs."""
+
+    def __init__(self, network: PeerNetwork, store: Store, cluster: Cluster, clock: Clock) -> None:
+        self._network, self._store, self._cluster, self._clock = network, store, cluster, clock
+        self._directory = network.credentials.directory
+        self._authorities = credentials.authorities(self._directory)
+        self._stirred = trio.Event()
+        network.handle(RENEW, self._renew_for)
+        network.handle(KEYS, self._hand_out_keys)
+        network.handle(STATE, self._tell_state)
+
+    @property
+    def bundle(self) -> Sequence[x509.Certificate]:
+        return self._network.credentials.bundle
+
+    @property
+    def expires_ns(self) -> int:
+        """When this node's certificate does, wall clock."""
+        return ca.expires_ns(self._network.credentials.certificate)
+
+    # --- signing ---
+
+    def sign(self, public_key: ec.EllipticCurvePublicKey, name: NodeName) -> x509.Certificate:
+        """NotSupported on a node that does not hold the key of the CA that signs."""
+        authority = self._signing()
+        if authority is None:
+            raise NotSupported(f"node {self._network.node_id} cannot sign certificates: it has no {identity.CA_KEY_FILE}")
+        return ca.sign(authority, public_key, name, self._clock.time_ns())
+
+    def _signing(self) -> Authority | None:
+        found = read_row(self._store)
+        by_fingerprint = {each.fingerprint: each for each in self._authorities}
+        if found is None:
+            return self._authorities[0] if self._authorities else None
+        return by_fingerprint.get(found[0].signing)
+
+    async def establish(self) -> None:
+        """Tells the cluster about the CA that `credentials.establish` made; on its first node."""
+        if read_row(self._store) is None:
+            row = Row(tuple(self.bundle), ca.fingerprint(self.bundle[0]))
+            done = await self._store.txn([absent(ROW_KEY)], [put(ROW_KEY, row.pack())])
+            await self._store.committed(done.revision)
+
+    # --- requests of other nodes ---
+
+    async def _renew_for(self, peer: int, body: Any) -> bytes:
+        """`ca.renew`: a signing request, DER. The certificate, DER, for who asks and nobody else."""
+        if type(body) is not bytes:
+            raise InvalidArgument("a certificate signing request was expected")
+        member = self._cluster.table().get(peer)
+        if member is None or member.state == "removed" or not member.born:
+            raise AccessDenied(f"node {peer} is no member that could have a certificate")
+        name = NodeName(self._network.credentials.name.cluster_id, peer, member.born)
+        certificate = self.sign(ca.check_request(body), name)
+        log.info("ca: node=%d certificate renewed", peer)
+        return ca.der(certificate)
+
+    async def _hand_out_keys(self, peer: int, body: Any) -> bytes:
+        """`ca.keys`: all keys, PEM; to voters only."""
+        if not self._cluster.is_voter(peer):
+            raise AccessDenied(f"node {peer} is not a voter: the keys of the CA are for voters")
+        if not self._authorities:
+            raise NotSupported(f"node {self._network.node_id} has no {identity.CA_KEY_FILE} itself")
+        return ca.keys_pem(each.key for each in self._authorities)
+
+    async def _tell_state(self, peer: int, body: Any) -> State:
+        return self.state()
+
+    def state(self) -> State:
+        shown = self._network.credentials
+        issuer = ca.issued_by(shown.certificate, shown.bundle)
+        return State(tuple(map(ca.fingerprint, shown.bundle)), ca.fingerprint(issuer) if issuer else b"",
+                     tuple(each.fingerprint for each in self._authorities))  # fmt: skip
+
+    # --- the loop ---
+
+    def stir(self) -> None:
+        """The configuration has changed: look at once."""
+        self._stirred.set()
+
+    async def run(self) -> None:
+        """Until cancelled. What does not work out is tried again; the log says why it did not."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch_row)
+            complaint = ""
+            while True:
+                self._stirred = trio.Event()
+                try:
+                    await self._bring_nearer()
+                    complaint = ""
+                except (AspenError, OSError) as error:
+                    if str(error) != complaint:
+                        complaint = str(error)
+                        log.info("ca: not up to date yet: %s", complaint)
+                with trio.move_on_after(CA_CHECK_S * random.uniform(0.5, 1.0)):
+                    await self._stirred.wait()
+
+    async def _watch_row(self) -> None:
+        """Only a hint when to look: what counts is the row as it is then."""
+        while True:
+            try:
+                async for _ in self._store.watch(ROW_KEY, ROW_KEY + b"\0"):
+                    self.stir()
+            except (errors.Lagged, errors.Compacted):
+                self.stir()
+
+    async def _bring_nearer(self) -> None:
+        found = read_row(self._store)
+        if found is None:
+            return  # not established yet, or this node has not caught up
+        row = found[0]
+        await self._keep_keys(row)
+        shown = self._network.credentials
+        if set(map(ca.fingerprint, shown.bundle)) < row.fingerprints:
+            await self._install(shown.certificate, row.certificates)
+        await self._renew(row)
+        await self._drop(row)
+
+    async def _keep_keys(self, row: Row) -> None:
+        """A voter gets the keys that it lacks; who is no voter (any more) has none."""
+        me = self._network.node_id
+        if not self._cluster.is_voter(me):
+            if self._authorities and self._is_member():
+                await trio.to_thread.run_sync(identity.remove_file, self._directory / identity.CA_KEY_FILE)
+                self._authorities = []
+                log.info("ca: keys removed, this node is no voter")
+            return
+        if row.fingerprints <= {each.fingerprint for each in self._authorities}:
+            return
+        pem = await self._ask_voters(KEYS, None)
+        keys = ca.load_keys(pem) if type(pem) is bytes else []
+        if not row.fingerprints <= {ca.key_fingerprint(key.public_key()) for key in keys}:
+            raise NotSupported("the voter that answered has not got all keys of the CA itself")
+        # The certificates first: a key counts from when its certificate is in ca.crt.
+        shown = self._network.credentials
+        await self._install(shown.certificate, _united(shown.bundle, row.certificates))
+        await self._write_keys(keys)
+        log.info("ca: keys received")
+
+    def _is_member(self) -> bool:
+        return self._network.node_id in self._cluster.table()
+
+    async def _write_keys(self, keys: Iterable[ec.EllipticCurvePrivateKey]) -> None:
+        path = self._directory / identity.CA_KEY_FILE
+        await trio.to_thread.run_sync(identity.write_file, path, ca.keys_pem(keys))
+        self._authorities = credentials.authorities(self._directory)
+
+    async def _renew(self, row: Row) -> None:
+        """A new certificate when two thirds of the old one's time are over, or another CA signs."""
+        shown = self._network.credentials
+        issuer = ca.issued_by(shown.certificate, shown.bundle)
+        fresh = self._clock.time_ns() < ca.renew_at_ns(shown.certificate)
+        if fresh and issuer is not None and ca.fingerprint(issuer) == row.signing:
+            return
+        key = credentials.node_key(self._directory)
+        assert key is not None
+        if self._signing() is not None:
+            certificate = self.sign(key.public_key(), shown.name)
+        else:
+            answer = await self._ask_voters(RENEW, ca.request(ca.keys_pem([key]), f"node {shown.name.node_id}"))
+            (certificate,) = ca.load_certificates([answer])
+        if ca.name_of(certificate) != shown.name:
+            raise InvalidArgument("the certificate that came names another node")
+        await self._install(certificate, shown.bundle)
+        log.info("ca: certificate renewed")
+
+    async def _drop(self, row: Row) -> None:
+        """CAs that the cluster trusts no more, once this node does not live by them."""
+        shown = self._network.credentials
+        if set(map(ca.fingerprint, shown.bundle)) == row.fingerprints:
+            return
+        await self._install(shown.certificate, row.certificates)
+        kept = [each.key for each in self._authorities if each.fingerprint in row.fingerprints]
+        if len(kept) < len(self._authorities):
+            await self._write_keys(kept)
+
+    async def _install(self, certificate: x509.Certificate, bundle: Sequence[x509.Certificate]) -> None:
+        made: Credentials = await trio.to_thread.run_sync(credentials.install, self._directory, certificate,
+                                                          bundle)  # fmt: skip
+        self._authorities = credentials.authorities(self._directory)
+        self._network.set_credentials(made)
+
+    async def _ask_voters(self, kind: str, body: Any) -> Any:
+        """The answer of the first voter that gives one."""
+        voters = [peer for peer in self._network.connected() if self._cluster.is_voter(peer)]
+        failure: AspenError = errors.PeerUnreachable("no voter is connected")
+        for peer in random.sample(voters, len(voters)):
+            try:
+                return await self._network.request(peer, kind, body, timeout_s=_ASK_S)
+            except AspenError as error:
+                failure = error
+        raise failure
+
+    # --- rotation ---
+
+    async def rotate(self, progress: Callable[[str], object]) -> None:
+        """Another CA takes over, without a moment in which two members do not trust each other.
+
+        On a voter, best the leader; it may be cut off, and called again anywhere: the row says how far
+        it has come. It waits for every member (remove those that will not come back). The steps:
+
+        1. make a key, keep it; the row names both CAs, the old one signs
+        2. every member trusts both, every voter has both keys
+        3. the row says that the new one signs; members have their certificates renewed
+        4. every member shows a certificate of the new one
+        5. the row names only the new one; members trust the old one no more, its key is deleted
+        """
+        row, revision = self._known_row()
+        if len(row.certificates) == 1:
+            progress("making a new CA")
+            made = ca.new_authority(self._name(), self._clock.time_ns())
+            await self._write_keys([*(each.key for each in self._authorities), made.key])
+            await self._write_row(Row((*row.certificates, made.certificate), row.signing), revision)
+        row, revision = self._known_row()
+        new = row.certificates[-1]
+        fingerprint = ca.fingerprint(new)
+        if row.signing != fingerprint:
+            await self._until_all(_has_both(row.fingerprints), "to trust the new CA", progress)
+            await self._write_row(row._replace(signing=fingerprint), revision)
+        await self._until_all(lambda state, voter: state.issuer == fingerprint, "to renew its certificate", progress)
+        row, revision = self._known_row()
+        await self._write_row(Row((new,), fingerprint), revision)
+        progress("the new CA is the only one")
+
+    def _name(self) -> str:
+        here = identity.read(self._directory)
+        assert here is not None
+        return here.name
+
+    def _known_row(self) -> tuple[Row, int]:
+        found = read_row(self._store)
+        if found is None:
+            raise NotSupported("this cluster has no CA yet: `aspen ticket create` makes it")
+        return found
+
+    async def _write_row(self, row: Row, revision: int) -> None:
+        unchanged = compare_mod_revision(ROW_KEY, EQUAL, revision)
+        done = await self._store.txn([unchanged], [put(ROW_KEY, row.pack())])
+        if not done.succeeded:
+            raise errors.Conflict("another rotation is under way: wait for it, or try again")
+        await self._store.committed(done.revision)
+        self.stir()
+
+    async def _until_all(self, condition: Callable[[State, bool], bool], what: str,
+                         progress: Callable[[str], object]) -> None:  # fmt: skip
+        told = ""
+        while True:
+            missing = []
+            for node, member in sorted(self._cluster.table().items()):
+                if member.state != "removed" and not await self._fulfils(node, condition):
+                    missing.append(str(node))
+            if not missing:
+                return
+            line = f"waiting for node {', '.join(missing)} {what}"
+            if line != told:
+                progress(line)
+                told = line
+            await trio.sleep(CA_CHECK_S / 10)
+
+    async def _fulfils(self, node: int, condition: Callable[[State, bool], bool]) -> bool:
+        if node == self._network.node_id:
+            return condition(self.state(), self._cluster.is_voter(node))
+        try:
+            trusted, issuer, keys = await self._network.request(node, STATE, None, timeout_s=_ASK_S)
+        except (AspenError, ValueError, TypeError):
+            return False
+        return condition(State(trusted, issuer, keys), self._cluster.is_voter(node))
+
+
+def _has_both(fingerprints: set[bytes]) -> Callable[[State, bool], bool]:
+    def condition(state: State, voter: bool) -> bool:
+        return fingerprints <= set(state.trusted) and (not voter or fingerprints <= set(state.keys))
+
+    return condition
+
+
+def _united(first: Sequence[x509.Certificate], second: Sequence[x509.Certificate]) -> list[x509.Certificate]:
+    known = set(map(ca.fingerprint, first))
+    return [*first, *(each for each in second if ca.fingerprint(each) not in known)]

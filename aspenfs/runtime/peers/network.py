@@ -1,0 +1,376 @@
+"""PeerNetwork: the Peers port (docs/design/cluster.md) over TLS links; who is a member and may connect.
+
+Belongs here: the table of members, which links there are, which link a request takes, who is let in.
+Not here: connections (`links.py`, `server.py`), bytes (`frames.py`), what strangers may ask (`admission.py`).
+
+Who is at the other end is decided by the certificate alone: its CA, then node id and birth mark against
+the table. What the peer says about itself must agree, and decides nothing.
+
+All methods belong to the loop's thread. None but `run` and `request` suspends.
+"""
+
+import errno
+import logging
+import ssl
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from itertools import count
+from typing import Any, NamedTuple, Protocol
+
+import trio
+
+from aspenfs import errors
+from aspenfs.cluster.messages import Message, from_wire
+from aspenfs.errors import IdentityLost, InvalidArgument, PeerRefused, PeerUnreachable, ProtocolError
+from aspenfs.limits import PEER_SMALL_REQUEST_BYTES
+from aspenfs.runtime.peers import addresses, frames
+from aspenfs.runtime.peers.addresses import Address
+from aspenfs.runtime.peers.ca import NodeName
+from aspenfs.runtime.peers.credentials import Credentials
+from aspenfs.runtime.peers.frames import Hello, LinkKind, Welcome
+from aspenfs.runtime.peers.links import Link
+from aspenfs.runtime.peers.server import Handler, Incoming, Server
+from aspenfs.seams import Clock, Entropy
+
+log = logging.getLogger(__name__)
+
+BULK_KINDS = ("blob.", "snapshot.")  # requests whose answers are long
+
+Deliver = Callable[[int, Sequence[Message]], object]
+Strangers = Callable[[int, bytes, str], Awaitable[bytes]]  # type and payload of its frame, its host
+
+
+class Member(Protocol):
+    """What the network needs of a row of the table; `members.Member` fits."""
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """HOST:PORT, the first one preferred."""
+
+    @property
+    def state(self) -> str:
+        """"removed": refused for ever."""
+
+    @property
+    def born(self) -> bytes:
+        """The birth mark that its certificate must have; b"": any."""
+
+
+class PeerError(NamedTuple):
+    """Why a peer is not connected, for people."""
+
+    cause: str
+    since_ns: int  # wall clock: when it was last connected, or first missed
+    attempts: int
+
+
+class PeerNetwork:
+    """Links to all members. `deliver` gets the Raft messages of one frame, `unreachable` the id of a peer
+    to which messages got lost; both are called from the loop, outside of any call of this class.
+
+    `deliver` and a bug are the only things that end `run` with an error. `strangers` answers those
+    without a certificate (`admission.Reception.answer`); without it, they are refused.
+    """
+
+    def __init__(self, credentials: Credentials, incarnation: int, clock: Clock, entropy: Entropy, *,
+                 deliver: Deliver, unreachable: Callable[[int], object],
+                 strangers: Strangers | None = None) -> None:  # fmt: skip
+        self.node_id = credentials.name.node_id
+        self.deliver = deliver
+        self.handlers: dict[str, Handler] = {}
+        self.ports: list[int] = []  # listened on, while `run` runs
+        self._incarnation, self._clock = incarnation, clock
+        self._process = int.from_bytes(entropy.random_bytes(8), "big") | 1
+        self._unreachable, self._strangers = unreachable, strangers
+        self._members: Mapping[int, Member] = {}
+        self._addresses: dict[int, tuple[Address, ...]] = {}
+        self._lives: dict[int, tuple[int, int]] = {}  # the latest incarnation seen, and its process
+        self._links: dict[tuple[int, LinkKind], Link] = {}
+        self._incoming: set[Incoming] = set()
+        self._errors: dict[int, PeerError] = {}
+        self._numbers = count(1)
+        self._lost: dict[int, None] = {}  # peers to be reported as unreachable
+        self._lossy = trio.Event()
+        self._nursery: trio.Nursery | None = None
+        self._server = Server(self)
+        self._use(credentials)
+
+    # --- the port ---
+
+    def send(self, to: int, message: Message) -> None:
+        """Raft messages: in order while connected; may be lost, never blocks."""
+        link = self._links.get((to, LinkKind.MESSAGES))
+        if link is None or link.channel is None or not link.push_message(frames.pack(message)):
+            self._report_lost(to)
+
+    async def request(self, to: int, kind: str, body: Any, *, timeout_s: float) -> Any:
+        """What the handler of `kind` at `to` returns, or the AspenError that it raises; arrays are tuples.
+
+        PeerUnreachable at once without a connection, later if it ends or nothing comes in time: the
+        request may have been carried out then. TooLarge.
+        """
+        assert to != self.node_id, "a request to oneself"
+        number = next(self._numbers)
+        frame = frames.encode_request(number, kind, body)
+        bulk = kind.startswith(BULK_KINDS) or len(frame) > PEER_SMALL_REQUEST_BYTES
+        link = self._links.get((to, LinkKind.BULK if bulk else LinkKind.MESSAGES))
+        if link is None or link.channel is None:
+            raise PeerUnreachable(f"node {to} is not connected: {self._cause(to)}")
+        with trio.move_on_after(timeout_s):
+            return await link.channel.ask(number, frame)
+        raise PeerUnreachable(f"node {to} did not answer {kind} in {timeout_s:g} s")
+
+    def connected(self) -> Set[int]:
+        """The peers that messages reach, as far as this node knows."""
+        return {peer for (peer, kind), link in self._links.items()
+                if kind == LinkKind.MESSAGES and link.channel is not None}  # fmt: skip
+
+    def handle(self, kind: str, handler: Handler) -> None:
+        """Who answers requests of that kind. An AspenError that it raises is the answer too."""
+        assert kind not in self.handlers, kind
+        self.handlers[kind] = handler
+
+    # --- what the node tells it ---
+
+    def set_members(self, members: Mapping[int, Member]) -> None:
+        """The table, as of now: links come and go, addresses change, the removed are thrown out."""
+        self._members = members = dict(members)
+        known = {peer: _parsed(member) for peer, member in members.items()}
+        moved = {peer for peer, found in known.items() if self._addresses.get(peer) != found}
+        self._addresses = known
+        wanted = {peer for peer, member in members.items()
+                  if member.state != "removed" and peer != self.node_id}  # fmt: skip
+        for key in [key for key in self._links if key[0] not in wanted]:
+            self._links.pop(key).scope.cancel()
+            self._errors.pop(key[0], None)
+        for peer in sorted(wanted):
+            for kind in LinkKind:
+                link = self._links.get((peer, kind))
+                if link is None:
+                    link = self._links[peer, kind] = Link(self, peer, kind, self._clock.monotonic_ns)
+                    if self._nursery is not None:
+                        self._nursery.start_soon(link.run)
+                elif peer in moved:
+                    link.hurry()
+        for channel in self._incoming:
+            try:
+                self._check_member(channel.peer, channel.born)
+            except errors.ClusterError as error:
+                channel.end(str(error), error)
+
+    def set_credentials(self, credentials: Credentials) -> None:
+        """A new certificate or other CAs: every connection is made anew, one after the other.
+
+        Those that peers made stay until they make them anew; those under a CA that is no longer
+        trusted end now.
+        """
+        self._use(credentials)
+        for link in self._links.values():
+            link.renew()
+        trusted = {certificate.subject for certificate in credentials.bundle}
+        for channel in self._incoming:
+            if channel.issuer not in trusted:
+                refusal = PeerRefused("the CA of its certificate is not trusted any more")
+                channel.end(str(refusal), refusal)
+
+    def _use(self, credentials: Credentials) -> None:
+        self.credentials = credentials
+        self._server_context = credentials.server_context()
+        self._client_context = credentials.client_context()
+
+    # --- what it tells about itself ---
+
+    def peer_error(self, peer: int) -> PeerError | None:
+        """Why messages do not reach that member; None if they do."""
+        return self._errors.get(peer)
+
+    def round_trip_ns(self, peer: int) -> int:
+        """Of the last ping; 0 if not known."""
+        link = self._links.get((peer, LinkKind.MESSAGES))
+        return link.channel.round_trip_ns if link is not None and link.channel is not None else 0
+
+    def _cause(self, peer: int) -> str:
+        found = self._errors.get(peer)
+        if found is not None:
+            return found.cause
+        return "no attempt was made yet" if peer in self._members else "it is not a member"
+
+    # --- running ---
+
+    async def run(self, listen: Sequence[str], *,
+                  task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:  # fmt: skip
+        """Listens, connects and serves until cancelled; no socket and no task is left then.
+
+        `listen`: addresses as people write them, `*` is every interface. InvalidArgument, Busy.
+        """
+        listeners = await _listen([addresses.parse(each, listen=True) for each in listen])
+        try:
+            self.ports = [listener.socket.getsockname()[1] for listener in listeners]
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                for link in self._links.values():
+                    nursery.start_soon(link.run)
+                nursery.start_soon(self._server.serve, listeners)
+                nursery.start_soon(self._tell_losses)
+                task_status.started()
+        finally:
+            self._nursery, self.ports = None, []
+            for listener in listeners:
+                listener.socket.close()
+
+    def _report_lost(self, peer: int) -> None:
+        self._lost[peer] = None
+        self._lossy.set()
+
+    async def _tell_losses(self) -> None:
+        """Later, not within `send`: the core that sends is not to be entered again."""
+        while True:
+            await self._lossy.wait()
+            self._lossy = trio.Event()
+            lost, self._lost = self._lost, {}
+            for peer in lost:
+                self._unreachable(peer)
+
+    # --- links.LinkOwner ---
+
+    def hello(self, kind: LinkKind) -> Hello:
+        name = self.credentials.name
+        return Hello(kind, name.cluster_id, name.node_id, self._incarnation, self._process)
+
+    def client_context(self) -> ssl.SSLContext:
+        return self._client_context
+
+    def addresses(self, peer: int) -> tuple[Address, ...]:
+        return self._addresses.get(peer, ())
+
+    def check_server(self, peer: int, name: NodeName | None) -> None:
+        self._check_name(name)
+        assert name is not None
+        if name.node_id != peer:
+            raise PeerRefused(f"node {name.node_id} answers where node {peer} should: correct its address")
+        self._check_member(peer, name.born)
+
+    def note_life(self, peer: int, incarnation: int, process: int) -> None:
+        known = self._lives.get(peer)
+        if known is not None:
+            if incarnation < known[0]:
+                raise PeerRefused(f"node {peer} was started {known[0]} times, but this is start number "
+                                  f"{incarnation}: its state directory is an old copy")  # fmt: skip
+            if incarnation == known[0] and process != known[1]:
+                raise PeerRefused(f"node {peer} runs twice: its state directory was copied")
+            if incarnation == known[0]:
+                return
+        self._lives[peer] = incarnation, process
+        for channel in self._incoming:
+            if channel.peer == peer and channel.hello.incarnation < incarnation:
+                channel.end("the node was started again")
+        for kind in LinkKind:
+            if link := self._links.get((peer, kind)):
+                link.hurry()
+
+    def link_up(self, peer: int, kind: LinkKind) -> None:
+        if kind == LinkKind.MESSAGES:
+            self._errors.pop(peer, None)
+            log.info("peers: node=%d connected", peer)
+
+    def link_down(self, peer: int, kind: LinkKind, cause: str) -> None:
+        if kind != LinkKind.MESSAGES or (peer, kind) not in self._links:
+            return
+        former = self._errors.get(peer)
+        if former is None:
+            self._report_lost(peer)
+            self._errors[peer] = PeerError(cause, self._clock.time_ns(), 1)
+        else:
+            self._errors[peer] = PeerError(cause, former.since_ns, former.attempts + 1)
+        if former is None or former.cause != cause:
+            log.info("peers: node=%d not connected: %s", peer, cause)
+
+    # --- server.ServerOwner ---
+
+    def server_context(self) -> ssl.SSLContext:
+        return self._server_context
+
+    def check_client(self, name: NodeName, hello: Hello) -> None:
+        self._check_name(name)
+        if (hello.cluster_id, hello.node_id) != (name.cluster_id, name.node_id):
+            raise PeerRefused("the greeting and the certificate name different nodes")
+        self._check_member(name.node_id, name.born)
+        self.note_life(name.node_id, hello.incarnation, hello.process)
+
+    def _check_name(self, name: NodeName | None) -> None:
+        if name is None:
+            raise PeerRefused("the certificate is not a node's")
+        if name.cluster_id != self.credentials.name.cluster_id:
+            raise errors.ForeignCluster(f"the certificate is of the cluster {name.cluster_id.hex()}, "
+                                        f"not {self.credentials.name.cluster_id.hex()}")  # fmt: skip
+
+    def _check_member(self, peer: int, born: bytes) -> None:
+        if peer == self.node_id:
+            raise PeerRefused(f"node {peer} calls itself: its state directory was copied, or its address "
+                              "is another node's")  # fmt: skip
+        member = self._members.get(peer)
+        if member is None:
+            raise PeerRefused(f"node {peer} is not among the members that node {self.node_id} knows")
+        if member.state == "removed":
+            raise PeerRefused(f"node {peer} was removed from the cluster: empty its state directory and join "
+                              "again with a new ticket")  # fmt: skip
+        if member.born and member.born != born:
+            raise IdentityLost(f"the log of node {peer} is not the one that it had when it became a member: "
+                               "its disk was replaced; remove the member and join again with a new ticket")
+
+    def welcome(self) -> Welcome:
+        return Welcome(self._incarnation, self._process)
+
+    def came_in(self, channel: Incoming) -> None:
+        # A renewal leaves the former one to end by itself; more than that is a peer that lost track.
+        same = [each for each in self._incoming
+                if (each.peer, each.hello.link) == (channel.peer, channel.hello.link)]  # fmt: skip
+        for each in same if len(same) > 1 else ():
+            each.end("replaced by newer connections")
+        self._incoming.add(channel)
+        for kind in LinkKind:
+            link = self._links.get((channel.peer, kind))
+            if link is not None and link.channel is None:
+                link.hurry()  # it is alive
+
+    def went_away(self, channel: Incoming) -> None:
+        self._incoming.discard(channel)
+
+    def decode(self, peer: int, values: Sequence[Any]) -> Sequence[Message]:
+        try:
+            messages = [from_wire(value) for value in values]
+        except InvalidArgument as error:
+            raise ProtocolError(str(error)) from None
+        for message in messages:
+            if message.sender != peer or message.to != self.node_id:
+                raise ProtocolError(f"a message from node {message.sender} to node {message.to}")
+        return messages
+
+    async def answer_stranger(self, kind: int, payload: bytes, host: str) -> bytes:
+        if self._strangers is None:
+            raise PeerRefused("a certificate of this cluster is needed")
+        return await self._strangers(kind, payload, host)
+
+
+def _parsed(member: Member) -> tuple[Address, ...]:
+    found = []
+    for text in member.addresses:
+        try:
+            found.append(addresses.parse(text))
+        except InvalidArgument as error:  # written by another release
+            log.info("peers: %s", error)
+    return tuple(found)
+
+
+async def _listen(wanted: Sequence[Address]) -> list[trio.SocketListener]:
+    listeners: list[trio.SocketListener] = []
+    try:
+        for address in wanted:
+            listeners += await trio.open_tcp_listeners(address.port, host=address.host or None)
+    except OSError as error:
+        for listener in listeners:
+            listener.socket.close()
+        cause = f"cannot listen on {address}: {error.strerror or error}"
+        if error.errno == errno.EADDRINUSE:
+            raise errors.Busy(f"{cause}: another daemon is there, choose another port") from None
+        raise InvalidArgument(cause) from None
+    return listeners

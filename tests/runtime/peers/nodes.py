@@ -1,0 +1,107 @@
+"""Nodes of one cluster in one process: real state directories, certificates and sockets on loopback."""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import trio
+
+from aspenfs.cluster.messages import Message, MessageType
+from aspenfs.runtime import identity
+from aspenfs.runtime.identity import Identity
+from aspenfs.runtime.peers import ca, credentials
+from aspenfs.runtime.peers.ca import Authority, NodeName
+from aspenfs.runtime.peers.credentials import Credentials
+from aspenfs.runtime.peers.network import PeerNetwork, Strangers
+from aspenfs.runtime.system import SystemClock, SystemEntropy
+
+CLOCK, ENTROPY = SystemClock(), SystemEntropy()
+CLUSTER_ID = b"c" * 16
+SECONDS_MAX = 20  # for one condition; never waited out unless something is wrong
+
+
+class Row(NamedTuple):
+    """A member as the network wants it."""
+
+    addresses: tuple[str, ...]
+    state: str = "member"
+    born: bytes = b""
+
+
+def make_authority(name: str = "demo") -> Authority:
+    return ca.new_authority(name, CLOCK.time_ns())
+
+
+def make_credentials(directory: Path, authority: Authority, node_id: int, *, cluster_id: bytes = CLUSTER_ID,
+                     made_s_ago: int = 0, lifetime_s: int = 3600) -> Credentials:  # fmt: skip
+    """A node's directory, as after a join."""
+    identity.write(directory, Identity(cluster_id, "demo", node_id))
+    born = identity.give_birth(directory, ENTROPY)
+    key = credentials.make_node_key(directory)
+    now = CLOCK.time_ns() - made_s_ago * 1_000_000_000
+    certificate = ca.sign(authority, key.public_key(), NodeName(cluster_id, node_id, born), now, lifetime_s)
+    return credentials.install(directory, certificate, [authority.certificate])
+
+
+class Node:
+    """One PeerNetwork and what it delivered."""
+
+    def __init__(self, shown: Credentials, *, incarnation: int = 1,
+                 strangers: Strangers | None = None) -> None:  # fmt: skip
+        self.id = shown.name.node_id
+        self.credentials = shown
+        self.received: list[tuple[int, Message]] = []
+        self.batches: list[int] = []  # how many messages came in one call
+        self.lost: list[int] = []
+        self.arrived = trio.Event()
+        self.network = PeerNetwork(shown, incarnation, CLOCK, ENTROPY, deliver=self._deliver,
+                                   unreachable=self.lost.append, strangers=strangers)  # fmt: skip
+
+    def _deliver(self, peer: int, messages: Sequence[Message]) -> None:
+        self.received += [(peer, message) for message in messages]
+        self.batches.append(len(messages))
+        self.arrived.set()
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.network.ports[0]}"
+
+    @property
+    def row(self) -> Row:
+        return Row((self.address,), born=self.credentials.name.born)
+
+
+def message(to: int, sender: int, *, term: int = 1, commit: int = 0, context: bytes = b"") -> Message:
+    return Message(MessageType.HEARTBEAT, to, sender, term, commit=commit, context=context)
+
+
+async def until(condition: Callable[[], object], what: str = "") -> None:
+    with trio.move_on_after(SECONDS_MAX):
+        while not condition():  # noqa: ASYNC110 – conditions of many kinds
+            await trio.sleep(0.002)
+        return
+    raise AssertionError(f"it did not come to pass: {what}")
+
+
+@asynccontextmanager
+async def running(*nodes: Node, connect: bool = True) -> AsyncIterator[trio.Nursery]:
+    """The networks run, know and, unless told otherwise, reach each other; all ends with the block."""
+    async with trio.open_nursery() as nursery:
+        for node in nodes:
+            await nursery.start(node.network.run, ["127.0.0.1:0"])
+        if connect:
+            table = {node.id: node.row for node in nodes}
+            for node in nodes:
+                node.network.set_members(table)
+            for node in nodes:
+                others = {other.id for other in nodes} - {node.id}
+                await until(lambda node=node, others=others: node.network.connected() >= others, "connected")  # type: ignore[misc]
+        yield nursery
+        nursery.cancel_scope.cancel()
+
+
+def make_nodes(directory: Path, count: int, authority: Authority | None = None) -> list[Node]:
+    authority = authority or make_authority()
+    return [Node(make_credentials(directory / f"n{number}", authority, number))
+            for number in range(1, count + 1)]  # fmt: skip
