@@ -17,7 +17,7 @@ One process, one environment a file.
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ from aspenfs.errors import Closed, Corrupt, InvalidArgument, NoSpace, StorageErr
 from aspenfs.kv import records
 from aspenfs.kv.rows import Row
 from aspenfs.kv.types import Record
-from aspenfs.limits import MAPPED_BYTES_MAX, STORE_KEY_BYTES_MAX
+from aspenfs.limits import MAPPED_BYTES_MAX, MIB, STORE_KEY_BYTES_MAX
 from aspenfs.runtime import longkeys
 from aspenfs.runtime.longkeys import CHUNK, Databases
 from aspenfs.runtime.mapped import MappedFile, mapped_bytes
@@ -58,14 +58,19 @@ class Summary(NamedTuple):
 class StateDb:
     """The ordered map of the state machine, as of the last `refresh`; a `kv.machine.State`."""
 
-    __slots__ = ("_databases", "_env", "_environment", "_free_bytes", "_generation", "_get", "_in_doubt",
-                 "_path", "_root", "_txn", "_written_index", "applied_index", "durable_index")  # fmt: skip
+    __slots__ = (
+        "_databases", "_env", "_environment", "_free_bytes", "_generation", "_get", "_in_doubt",
+        "_last_loaded", "_path", "_root", "_txn", "_written_index", "applied_index", "durable_index",
+    )  # fmt: skip
 
     def __init__(self, path: str | os.PathLike[str], *, map_bytes: int = MAP_BYTES,
-                 readonly: bool = False, free_bytes: Callable[[], int] | None = None) -> None:
+                 readonly: bool = False, syncing: bool = True,
+                 free_bytes: Callable[[], int] | None = None) -> None:
         """Opens the environment in the directory `path`, made if missing (not if `readonly`).
 
-        `free_bytes` tells what may still be written; by default the file system is asked.
+        `free_bytes` tells what may still be written; by default the file system is asked. Without
+        `syncing` nothing is durable before `sync`, and loss of power before it may leave anything: for
+        a state that is being made (`load`).
         """
         self._path = os.fspath(path)
         self._free_bytes = free_bytes or self._free_bytes_of_file_system
@@ -73,16 +78,17 @@ class StateDb:
         if new and readonly:
             raise Corrupt(self._path, 0, "there is no state here", "is this a state directory?")
         try:
-            self._open(map_bytes, readonly, new)
+            self._open(map_bytes, readonly, new, syncing)
         except lmdb.Error as error:
             raise _translated(error, self._path) from error
 
-    def _open(self, map_bytes: int, readonly: bool, new: bool) -> None:
+    def _open(self, map_bytes: int, readonly: bool, new: bool, syncing: bool) -> None:
         if not readonly:
             os.makedirs(self._path, mode=0o700, exist_ok=True)
         self._env = lmdb.Environment(
-            self._path, map_size=map_bytes, metasync=False, mode=0o600, max_dbs=3, max_readers=16,
-            readonly=readonly, lock=not readonly, create=not readonly, lib_version=0)  # fmt: skip
+            self._path, map_size=map_bytes, metasync=False, sync=syncing, mode=0o600, max_dbs=3,
+            max_readers=16, readonly=readonly, lock=not readonly, create=not readonly,
+            lib_version=0)  # fmt: skip
         open_db = self._env.open_db
         self._databases = Databases(open_db(b"root"), open_db(b"nodes"), open_db(b"meta"))
         self._root = self._databases.root
@@ -95,6 +101,7 @@ class StateDb:
             _sync_directory(os.path.dirname(os.path.abspath(self._path)))
         self._generation = 0
         self._in_doubt = False
+        self._last_loaded = b""
         self._begin()
         stored = self.meta(_FORMAT_KEY.decode())
         if stored != FORMAT:
@@ -226,6 +233,36 @@ class StateDb:
                 size += len(raw) + len(key)
                 longkeys.put(txn, self._databases, key, raw)
         return size
+
+    def load(self, rows: Iterable[Row]) -> int:
+        """Adds rows in one transaction, all of them behind those that are there, and their number.
+
+        For a state that is being made: the applied index stays, for `apply` to set in the end. The file
+        gets as small as it can be. InvalidArgument: a row out of order. NoSpace, StorageError.
+        """
+        size = count = 0
+        last = self._last_loaded
+        try:
+            with self._env.begin(write=True, db=self._root) as txn:
+                for key, raw in rows:
+                    if not 0 < len(key) <= STORE_KEY_BYTES_MAX:
+                        raise InvalidArgument(f"a key of {len(key)} bytes, at most {STORE_KEY_BYTES_MAX}")
+                    if key <= last:
+                        raise InvalidArgument(f"key {key[:80].hex()} does not come behind the one before")
+                    last = key
+                    if len(key) < CHUNK:
+                        txn.put(key, raw, append=True)
+                    else:
+                        longkeys.put(txn, self._databases, key, raw)
+                    size += len(key) + len(raw)
+                    count += 1
+                self._check_room(2 * size + MIB)
+        except lmdb.Error as error:
+            if error.code == errno.EIO:
+                self._check_room(2 * size + MIB)  # as in `apply`
+            raise _translated(error, self._path) from error
+        self._last_loaded = last
+        return count
 
     def sync(self) -> int:
         """Makes all that was applied durable; the index up to which that is so."""

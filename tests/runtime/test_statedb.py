@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import pytest
 
-from aspenfs.errors import Corrupt, InvalidArgument, NoSpace, StorageError
+from aspenfs.errors import Closed, Corrupt, InvalidArgument, NoSpace, StorageError
 from aspenfs.kv import records
 from aspenfs.kv.types import NO_ATTRIBUTES, Record
 from aspenfs.limits import STORE_KEY_BYTES_MAX
@@ -244,3 +244,108 @@ def test_verify_refuses_a_node_newer_than_the_newest(db: StateDb) -> None:
 def test_a_second_environment_in_one_process_is_refused(db: StateDb, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="already open"):
         StateDb(tmp_path / "state")
+
+
+# --- another state in its place ---
+
+
+def loaded(path: Path, items: list[tuple[bytes, Record]], index: int) -> StateDb:
+    db = StateDb(path, syncing=False)
+    for at in range(0, len(items), 3):
+        assert db.load((key, records.pack(record)) for key, record in items[at : at + 3]) > 0
+    db.apply([], index, {"term": (9).to_bytes(8, "big")})
+    db.sync()
+    db.refresh()
+    return db
+
+
+def test_rows_that_are_loaded_are_those_that_were_applied(tmp_path: Path, db: StateDb) -> None:
+    items = [(key, record(key)) for key in sorted([b"f/%03d" % n for n in range(500)] + LONG)]
+    db.apply(items, 7)
+    db.refresh()
+    copy = loaded(tmp_path / "copy", items, 7)
+    assert list(copy.items(b"", b"")) == items == list(db.items(b"", b""))
+    assert copy.verify() == db.verify()
+    assert (copy.applied_index, copy.meta("term")) == (7, bytes(7) + b"\x09")
+    copy.apply([(LONG[0], None), (b"f/250", record(b"changed"))], 8)
+    copy.refresh()
+    assert copy.get(b"f/250") == record(b"changed")
+    copy.verify()
+    copy.close()
+
+
+@pytest.mark.parametrize("key", [b"f/1", b"f/2", b"a", b"", b"x" * (STORE_KEY_BYTES_MAX + 1)])
+def test_rows_out_of_order_are_refused_and_change_nothing(tmp_path: Path, key: bytes) -> None:
+    db = StateDb(tmp_path / "new", syncing=False)
+    raw = records.pack(record(b"v"))
+    db.load([(b"f/1", raw), (b"f/2", raw)])
+    with pytest.raises(InvalidArgument):
+        db.load([(b"f/3", raw), (key, raw)])
+    db.refresh()
+    assert [key for key, _ in db.items(b"", b"")] == [b"f/1", b"f/2"]
+    db.close()
+
+
+def test_a_load_without_room_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    free = [1 << 30]
+    db = StateDb(tmp_path / "new", syncing=False, free_bytes=lambda: free[0])
+    db.load([(b"f/1", b"x")])
+    free[0] = 1000
+    with pytest.raises(NoSpace):
+        db.load([(b"f/2", b"x")])
+    db.refresh()
+    assert db.meta("applied") is None
+    assert db._txn.stat(db._root)["entries"] == 1
+    free[0] = 1 << 30
+    assert db.load([(b"f/2", b"x")]) == 1
+    db.close()
+
+
+def test_readers_go_on_in_the_state_that_is_adopted(tmp_path: Path, db: StateDb) -> None:
+    keys = [b"k/%02d" % n for n in range(10)]
+    db.apply([(key, record(b"old")) for key in [*keys, *LONG]], 5)
+    db.refresh()
+    newer = loaded(tmp_path / "newer", [(key, record(b"new")) for key in [*keys, b"k/zz"]], 50)
+    get, walk = db.get, db.items(b"k/", b"k0")
+    assert next(walk) == (keys[0], record(b"old"))
+    with db.snapshot() as snapshot:
+        db.adopt(newer)
+        assert snapshot.applied_index == 5
+        assert {record.value for _, record in snapshot.scan(b"k/", b"k0")} == {b"old"}
+    assert (db.applied_index, db.durable_index, db.meta("term")) == (50, 50, bytes(7) + b"\x09")
+    assert get(b"k/zz") == record(b"new")
+    assert list(walk) == [(key, record(b"new")) for key in [*keys[1:], b"k/zz"]]
+    in_thread(lambda: db.apply([(b"k/zz", None)], 51))
+    assert db.durable_index == 50
+    db.refresh()
+    assert get(b"k/zz") is None
+    assert db.verify() == (51, 10, db.verify().value_bytes, 0)
+
+
+def test_a_snapshot_in_a_thread_outlives_an_adoption_and_a_close(tmp_path: Path, db: StateDb) -> None:
+    db.apply([(b"k/%04d" % n, record(b"old")) for n in range(2000)], 5)
+    reading, go_on = threading.Event(), threading.Event()
+    seen: list[bytes] = []
+
+    def walk() -> None:
+        with db.snapshot() as snapshot:
+            for key, _ in snapshot.rows():
+                seen.append(key)
+                if len(seen) == 10:
+                    reading.set()
+                    go_on.wait(20)
+
+    threads = [threading.Thread(target=walk)]
+    threads[0].start()
+    assert reading.wait(20)
+    db.adopt(loaded(tmp_path / "newer", [(b"k/a", record(b"new"))], 50))
+    with db.snapshot() as snapshot:
+        db.close()
+        go_on.set()
+        threads[0].join()
+        assert [key for key, _ in snapshot.rows()] == [b"k/a"]
+    assert len(seen) == 2000
+    with pytest.raises(Closed), db.snapshot():
+        pass
+    for name in ("state", "newer"):
+        StateDb(tmp_path / name).close()  # LMDB would refuse a second environment
