@@ -107,3 +107,25 @@ def test_bytes_wait_until_the_log_cannot_ask_for_them(tmp_path: Path) -> None:
             assert list(node.store.scan(layout.BLOB_PREFIX, b"f/c")) == []
 
     trio.run(test)
+
+
+def test_bytes_that_are_spared_go_when_they_are_not_any_more(tmp_path: Path) -> None:
+    async def test() -> None:
+        with opened(tmp_path) as node:
+            await node.volume.format()
+            await node.make_and_remove(b"f", bytes(20_000))
+            while node.store.replay_floor < node.store.revision - 1:
+                await node.volume.txn([], [])
+                await node.store.committed()
+                node.store.apply()
+            asked: list[bytes] = []
+
+            def spares(digest: bytes) -> bool:
+                asked.append(digest)
+                return len(asked) < 3
+
+            node.volume.spares = spares
+            assert [await node.tree.content.collect() for _ in range(3)] == [0, 0, 1]
+            assert node.blobs.stats().chunks == 0
+
+    trio.run(test)
