@@ -12,7 +12,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -116,8 +116,7 @@ def _mount(arguments: argparse.Namespace) -> int:
         )
     except errors.InvalidArgument as error:
         raise Refused(ExitCode.USAGE, str(error)) from None
-    _check_rights(options)
-    options = options.at(_prepare_mountpoint(options.mountpoint))
+    options = _check_places(options)
     directory = _prepare_state(options)
     _check_fuse()
     if arguments.verbose:
@@ -130,6 +129,21 @@ def _mount(arguments: argparse.Namespace) -> int:
     if arguments.verbose:
         print(f"mount.aspen: {options.fsname} mounted on {options.mountpoint}", file=sys.stderr)
     return ExitCode.OK
+
+
+def check(options: MountOptions) -> MountOptions:
+    """What can be refused before there is a node; the options with the mountpoint as resolved. Refused."""
+    options = _check_places(options)
+    _check_fuse()
+    return options
+
+
+def start(options: MountOptions, meanwhile: Callable[[], object] | None = None) -> None:
+    """Mounts the node that is in the state directory, and returns when the mount answers. Refused.
+
+    `meanwhile` is called some times a second until then. `options` are those that `check` returned.
+    """
+    _start_daemon(options, _prepare_state(options), meanwhile)
 
 
 def _called_by_mount() -> bool:
@@ -227,16 +241,23 @@ def _clear(path: str) -> None:
             )
 
 
-def _prepare_state(options: MountOptions) -> StateDirectory:
-    """The state directory: writable, not under the mount, and the home of the cluster that is asked for."""
-    directory = StateDirectory(Path(options.state_dir))
-    path = Path(os.path.realpath(directory.path))
-    if path.is_relative_to(options.mountpoint):
+def _check_places(options: MountOptions) -> MountOptions:
+    """Rights, and a mountpoint that does not hide the state; the options with it as resolved."""
+    _check_rights(options)
+    options = options.at(_prepare_mountpoint(options.mountpoint))
+    if Path(os.path.realpath(options.state_dir)).is_relative_to(options.mountpoint):
         raise Refused(
             ExitCode.USAGE,
-            f"{directory.path}: the state directory would be hidden under the mount itself; "
+            f"{options.state_dir}: the state directory would be hidden under the mount itself; "
             "choose another one with -o state_dir=",
         )
+    return options
+
+
+def _prepare_state(options: MountOptions) -> StateDirectory:
+    """The state directory: writable, and the home of the cluster that is asked for."""
+    directory = StateDirectory(Path(options.state_dir))
+    path = Path(os.path.realpath(directory.path))
     if options.create:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if path.is_dir() and not os.access(path, os.R_OK | os.W_OK | os.X_OK):
@@ -249,8 +270,8 @@ def _prepare_state(options: MountOptions) -> StateDirectory:
         # Never a new, empty cluster by accident, just because the disk with the old one is not there.
         raise Refused(
             ExitCode.MOUNT_FAILED,
-            f"{directory.path}: holds no cluster; if a new one is wanted, add -o create, "
-            "else name the right place with -o state_dir=",
+            f"{directory.path}: holds no cluster; `aspen init` makes a new one (so does -o create), "
+            "`aspen join` makes this host a member of one; else name the right place with -o state_dir=",
         )
     if home is not None and home.name != options.name:
         raise Refused(
@@ -274,7 +295,9 @@ def _daemon_environment(options: MountOptions) -> dict[str, str]:
     return environment
 
 
-def _start_daemon(options: MountOptions, directory: StateDirectory) -> None:
+def _start_daemon(
+    options: MountOptions, directory: StateDirectory, meanwhile: Callable[[], object] | None = None
+) -> None:
     """Starts the daemon in a session of its own and returns when the mount answers."""
     environment = _daemon_environment(options)
     environment.pop("NOTIFY_SOCKET", None)  # it is not this service's main process
@@ -294,7 +317,7 @@ def _start_daemon(options: MountOptions, directory: StateDirectory) -> None:
     os.close(log)
     os.close(writer)
     try:
-        report = ready.await_report(reader)
+        report = ready.await_report(reader, meanwhile)
     except KeyboardInterrupt:
         child.terminate()
         child.wait()

@@ -7,13 +7,15 @@ Both ends of the pipe are here: `report` for the daemon, `await_report` for `mou
 
 import json
 import os
+import select
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypedDict
 
 OPTIONS_VARIABLE = "ASPEN_MOUNT_OPTIONS"  # MountOptions as JSON
 READY_FD_VARIABLE = "ASPEN_READY_FD"  # the pipe's write end; unset in the foreground
+MEANWHILE_S = 0.2  # between two looks at how far a start is
 REPORT_BYTES_MAX = 64 * 1024  # far above any text of ours; bounds what a runaway child can make us hold
 
 
@@ -53,9 +55,14 @@ def report(descriptor: int | None, message: Report) -> None:
         pass
 
 
-def await_report(descriptor: int) -> Report | None:
-    """The report of the daemon at the other end; None if it ended without one."""
+def await_report(descriptor: int, meanwhile: Callable[[], object] | None = None) -> Report | None:
+    """The report of the daemon at the other end; None if it ended without one.
+
+    `meanwhile` is called some times a second until it comes.
+    """
     with os.fdopen(descriptor, "rb") as pipe:
+        while meanwhile is not None and not select.select([pipe], [], [], MEANWHILE_S)[0]:
+            meanwhile()
         line = pipe.readline(REPORT_BYTES_MAX)
     if not line.endswith(b"\n"):
         return None

@@ -101,7 +101,7 @@ def test_missing_state_directory_is_not_made_unasked(place: Place, tmp_path: Pat
     elsewhere = tmp_path / "elsewhere"
     done = place.mount("demo", str(place.mountpoint), "-o", f"state_dir={elsewhere}")
     assert done.returncode == MOUNT_FAILED
-    assert f"{elsewhere}: holds no cluster; if a new one is wanted, add -o create" in done.stderr
+    assert f"{elsewhere}: holds no cluster; `aspen init` makes a new one" in done.stderr
     assert not elsewhere.exists()
 
 

@@ -25,6 +25,19 @@ def test_daemon_that_ends_without_a_whole_report_has_said_nothing(said: bytes) -
     assert await_report(reader) is None
 
 
+def test_who_waits_for_a_report_may_look_around_meanwhile() -> None:
+    reader, writer = os.pipe()
+    looks = []
+
+    def look() -> None:
+        looks.append(1)
+        if len(looks) == 2:
+            report(writer, {"ready": True})
+
+    assert await_report(reader, look) == {"ready": True}
+    assert len(looks) == 2
+
+
 def test_report_that_nobody_waits_for_harms_nobody() -> None:
     reader, writer = os.pipe()
     os.close(reader)
