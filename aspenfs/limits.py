@@ -111,6 +111,7 @@ TICKET_KEPT_S = 7 * 86_400  # an expired ticket is known as such so long
 TICKETS_MAX = 1_000  # open at the same time
 JOIN_FAILURES_MAX = 10  # wrong secrets from one address in a row; then one every JOIN_FAILURE_S
 JOIN_FAILURE_S = 6
+JOINS_MAX = 8  # under way at one node; each holds a connection until the leader has answered
 CERTIFICATE_S = 365 * 86_400  # of a node; renewed when two thirds are over
 CA_CERTIFICATE_S = 20 * 365 * 86_400
 CERTIFICATE_SKEW_S = 3_600  # a certificate begins so long before it was made: clocks differ

@@ -11,10 +11,11 @@ cut off anywhere.
     c/authority  ->  msgpack map {certificates: [DER, …], signing: SHA-256 of a public key}
 """
 
+import contextlib
 import logging
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 import msgpack
 import trio
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 
 ROW_KEY: Final = b"c/authority"
 RENEW, KEYS, STATE = "ca.renew", "ca.keys", "ca.state"
+
+T = TypeVar("T")
 
 _ASK_S = PROPOSAL_TIMEOUT_MS / 1000
 
@@ -88,6 +91,7 @@ class Keeper:
         self._directory = network.credentials.directory
         self._authorities = credentials.authorities(self._directory)
         self._stirred = trio.Event()
+        self._lock = trio.Lock()  # one at a time brings nearer
         network.handle(RENEW, self._renew_for)
         network.handle(KEYS, self._hand_out_keys)
         network.handle(STATE, self._tell_state)
@@ -103,14 +107,22 @@ class Keeper:
 
     # --- signing ---
 
-    def sign(self, public_key: ec.EllipticCurvePublicKey, name: NodeName) -> x509.Certificate:
+    def check_signs(self) -> None:
         """NotSupported on a node that does not hold the key of the CA that signs."""
-        authority = self._signing()
-        if authority is None:
-            raise NotSupported(f"node {self._network.node_id} cannot sign certificates: it has no {identity.CA_KEY_FILE}")
-        return ca.sign(authority, public_key, name, self._clock.time_ns())
+        self._signing()
 
-    def _signing(self) -> Authority | None:
+    def sign(self, public_key: ec.EllipticCurvePublicKey, name: NodeName) -> x509.Certificate:
+        """As `check_signs`."""
+        return ca.sign(self._signing(), public_key, name, self._clock.time_ns())
+
+    def _signing(self) -> Authority:
+        authority = self._signing_here()
+        if authority is None:
+            raise NotSupported(f"node {self._network.node_id} cannot sign certificates: it does not hold the "
+                               "key of the CA (yet)")  # fmt: skip
+        return authority
+
+    def _signing_here(self) -> Authority | None:
         found = read_row(self._store)
         by_fingerprint = {each.fingerprint: each for each in self._authorities}
         if found is None:
@@ -188,40 +200,50 @@ class Keeper:
                 self.stir()
 
     async def _bring_nearer(self) -> None:
+        async with self._lock:
+            await self._compare()
+
+    async def _compare(self) -> None:
         found = read_row(self._store)
         if found is None:
             return  # not established yet, or this node has not caught up
         row = found[0]
-        await self._keep_keys(row)
         shown = self._network.credentials
-        if set(map(ca.fingerprint, shown.bundle)) < row.fingerprints:
-            await self._install(shown.certificate, row.certificates)
+        if not row.fingerprints <= set(map(ca.fingerprint, shown.bundle)):
+            await self._install(shown.certificate, _united(shown.bundle, row.certificates))
+        if self._cluster.is_voter(self._network.node_id):
+            await self._obtain_keys(row)
+        elif self._authorities:
+            await self._give_up_keys(row)
         await self._renew(row)
         await self._drop(row)
 
-    async def _keep_keys(self, row: Row) -> None:
-        """A voter gets the keys that it lacks; who is no voter (any more) has none."""
-        me = self._network.node_id
-        if not self._cluster.is_voter(me):
-            if self._authorities and self._is_member():
-                await trio.to_thread.run_sync(identity.remove_file, self._directory / identity.CA_KEY_FILE)
-                self._authorities = []
-                log.info("ca: keys removed, this node is no voter")
-            return
+    async def _obtain_keys(self, row: Row) -> None:
+        """A voter holds the keys of all CAs, so that it can sign when it leads."""
         if row.fingerprints <= {each.fingerprint for each in self._authorities}:
             return
-        pem = await self._ask_voters(KEYS, None)
-        keys = ca.load_keys(pem) if type(pem) is bytes else []
-        if not row.fingerprints <= {ca.key_fingerprint(key.public_key()) for key in keys}:
-            raise NotSupported("the voter that answered has not got all keys of the CA itself")
-        # The certificates first: a key counts from when its certificate is in ca.crt.
-        shown = self._network.credentials
-        await self._install(shown.certificate, _united(shown.bundle, row.certificates))
-        await self._write_keys(keys)
+
+        def complete(pem: Any) -> list[ec.EllipticCurvePrivateKey]:
+            keys = ca.load_keys(pem) if type(pem) is bytes else []
+            if not row.fingerprints <= {ca.key_fingerprint(key.public_key()) for key in keys}:
+                raise NotSupported("no voter that answered has all keys of the CA")
+            return keys
+
+        await self._write_keys(await self._ask_voters(KEYS, None, complete))
         log.info("ca: keys received")
 
-    def _is_member(self) -> bool:
-        return self._network.node_id in self._cluster.table()
+    async def _give_up_keys(self, row: Row) -> None:
+        """Who is no voter needs none. Not before a voter has said that it holds them: a key is never
+        lost to a configuration that this node misunderstands for a while."""
+
+        def held(answer: Any) -> None:
+            if not row.fingerprints <= set(_state(answer).keys):
+                raise NotSupported("no voter that answered has all keys of the CA")
+
+        await self._ask_voters(STATE, None, held)
+        await trio.to_thread.run_sync(identity.remove_file, self._directory / identity.CA_KEY_FILE)
+        self._authorities = []
+        log.info("ca: keys removed, this node is no voter")
 
     async def _write_keys(self, keys: Iterable[ec.EllipticCurvePrivateKey]) -> None:
         path = self._directory / identity.CA_KEY_FILE
@@ -237,11 +259,11 @@ class Keeper:
             return
         key = credentials.node_key(self._directory)
         assert key is not None
-        if self._signing() is not None:
+        if self._signing_here() is not None:
             certificate = self.sign(key.public_key(), shown.name)
         else:
-            answer = await self._ask_voters(RENEW, ca.request(ca.keys_pem([key]), f"node {shown.name.node_id}"))
-            (certificate,) = ca.load_certificates([answer])
+            request = ca.request(ca.keys_pem([key]), f"node {shown.name.node_id}")
+            certificate = await self._ask_voters(RENEW, request, lambda der: ca.load_certificates([der])[0])
         if ca.name_of(certificate) != shown.name:
             raise InvalidArgument("the certificate that came names another node")
         await self._install(certificate, shown.bundle)
@@ -263,13 +285,13 @@ class Keeper:
         self._authorities = credentials.authorities(self._directory)
         self._network.set_credentials(made)
 
-    async def _ask_voters(self, kind: str, body: Any) -> Any:
-        """The answer of the first voter that gives one."""
+    async def _ask_voters(self, kind: str, body: Any, read: Callable[[Any], T]) -> T:
+        """What `read` makes of the answer of the first voter that gives one for which it raises nothing."""
         voters = [peer for peer in self._network.connected() if self._cluster.is_voter(peer)]
         failure: AspenError = errors.PeerUnreachable("no voter is connected")
         for peer in random.sample(voters, len(voters)):
             try:
-                return await self._network.request(peer, kind, body, timeout_s=_ASK_S)
+                return read(await self._network.request(peer, kind, body, timeout_s=_ASK_S))
             except AspenError as error:
                 failure = error
         raise failure
@@ -288,22 +310,37 @@ class Keeper:
         4. every member shows a certificate of the new one
         5. the row names only the new one; members trust the old one no more, its key is deleted
         """
-        row, revision = self._known_row()
-        if len(row.certificates) == 1:
-            progress("making a new CA")
-            made = ca.new_authority(self._name(), self._clock.time_ns())
-            await self._write_keys([*(each.key for each in self._authorities), made.key])
-            await self._write_row(Row((*row.certificates, made.certificate), row.signing), revision)
-        row, revision = self._known_row()
+        row, revision = await self._begun(progress)
         new = row.certificates[-1]
         fingerprint = ca.fingerprint(new)
         if row.signing != fingerprint:
             await self._until_all(_has_both(row.fingerprints), "to trust the new CA", progress)
-            await self._write_row(row._replace(signing=fingerprint), revision)
-        await self._until_all(lambda state, voter: state.issuer == fingerprint, "to renew its certificate", progress)
-        row, revision = self._known_row()
+            row = row._replace(signing=fingerprint)
+            revision = await self._write_row(row, revision)
+        await self._until_all(lambda state, voter: state.issuer == fingerprint, "to renew its certificate",
+                              progress)  # fmt: skip
         await self._write_row(Row((new,), fingerprint), revision)
-        progress("the new CA is the only one")
+        await self._until_all(lambda state, voter: state.trusted == (fingerprint,), "to forget the old CA",
+                              progress)  # fmt: skip
+
+    async def _begun(self, progress: Callable[[str], object]) -> tuple[Row, int]:
+        """The row with two CAs, the newer one last, and its mod revision."""
+        row, revision = self._known_row()
+        signing = next(each for each in row.certificates if ca.fingerprint(each) == row.signing)
+        if len(row.certificates) > 1:
+            if row.signing == ca.fingerprint(row.certificates[-1]):
+                return row, revision
+            with contextlib.suppress(AspenError):
+                await self._bring_nearer()
+            if row.fingerprints <= {each.fingerprint for each in self._authorities}:
+                return row, revision
+            progress("the new CA was lost with the node that made it: making another one")
+        else:
+            progress("making a new CA")
+        made = ca.new_authority(self._name(), self._clock.time_ns())
+        await self._write_keys([*(each.key for each in self._authorities), made.key])
+        row = Row((signing, made.certificate), row.signing)
+        return row, await self._write_row(row, revision)
 
     def _name(self) -> str:
         here = identity.read(self._directory)
@@ -316,13 +353,15 @@ class Keeper:
             raise NotSupported("this cluster has no CA yet: `aspen ticket create` makes it")
         return found
 
-    async def _write_row(self, row: Row, revision: int) -> None:
+    async def _write_row(self, row: Row, revision: int) -> int:
+        """Its new mod revision. Conflict."""
         unchanged = compare_mod_revision(ROW_KEY, EQUAL, revision)
         done = await self._store.txn([unchanged], [put(ROW_KEY, row.pack())])
         if not done.succeeded:
             raise errors.Conflict("another rotation is under way: wait for it, or try again")
         await self._store.committed(done.revision)
         self.stir()
+        return done.revision
 
     async def _until_all(self, condition: Callable[[State, bool], bool], what: str,
                          progress: Callable[[str], object]) -> None:  # fmt: skip
@@ -344,10 +383,18 @@ class Keeper:
         if node == self._network.node_id:
             return condition(self.state(), self._cluster.is_voter(node))
         try:
-            trusted, issuer, keys = await self._network.request(node, STATE, None, timeout_s=_ASK_S)
-        except (AspenError, ValueError, TypeError):
+            state = _state(await self._network.request(node, STATE, None, timeout_s=_ASK_S))
+        except AspenError:
             return False
-        return condition(State(trusted, issuer, keys), self._cluster.is_voter(node))
+        return condition(state, self._cluster.is_voter(node))
+
+
+def _state(answer: Any) -> State:
+    match answer:
+        case (tuple() as trusted, bytes() as issuer, tuple() as keys):
+            if all(type(each) is bytes for each in (*trusted, *keys)):
+                return State(trusted, issuer, keys)
+    raise InvalidArgument("not an answer to ca.state")
 
 
 def _has_both(fingerprints: set[bytes]) -> Callable[[State, bool], bool]:

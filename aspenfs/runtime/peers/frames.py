@@ -132,6 +132,43 @@ def encode_welcome(welcome: Welcome) -> bytes:
     return encode(Type.WELCOME, (VERSION, *welcome))
 
 
+def encode_question() -> bytes:
+    """Of one who does not know the CAs yet."""
+    return encode(Type.AUTHORITIES, (MAGIC, (VERSION,)))
+
+
+class Join(NamedTuple):
+    cluster_id: bytes
+    secret: bytes  # of the ticket
+    request: bytes  # for a certificate, DER
+    born: bytes
+    name: str
+    addresses: tuple[str, ...]
+    promote: bool
+
+
+def encode_join(join: Join) -> bytes:
+    return encode(Type.JOIN, (MAGIC, (VERSION,), *join))
+
+
+class Admitted(NamedTuple):
+    """What a new node gets."""
+
+    node: int
+    cluster_name: str
+    certificate: bytes  # DER
+    bundle: tuple[bytes, ...]  # DER
+    members: tuple[tuple[int, tuple[str, ...], bytes], ...]  # id, addresses and birth mark of each
+
+
+def encode_admitted(admitted: Admitted) -> bytes:
+    return encode(Type.ADMITTED, (VERSION, *admitted))
+
+
+def encode_authorities(cluster_id: bytes, bundle: Iterable[bytes]) -> bytes:
+    return encode(Type.AUTHORITIES, (VERSION, cluster_id, tuple(bundle)))
+
+
 # --- decoding ---
 
 
@@ -159,11 +196,7 @@ def unpack_greeting(payload: memoryview | bytes) -> Any:
 
 def decode_hello(payload: memoryview) -> Hello:
     """NotSupported if no version is shared."""
-    value = unpack_greeting(payload)
-    if type(value) is not tuple or len(value) < 7 or value[0] != MAGIC:
-        raise errors.ProtocolError("the first frame must be a greeting")
-    _, versions, link, cluster_id, node_id, incarnation, process = value[:7]
-    _check_version(versions)
+    link, cluster_id, node_id, incarnation, process = _after_magic(payload, 5)
     if link not in (LinkKind.MESSAGES, LinkKind.BULK) or type(link) is not int:
         raise errors.ProtocolError(f"a link of kind {link!r}")
     if type(cluster_id) is not bytes or len(cluster_id) != CLUSTER_ID_BYTES:
@@ -189,6 +222,63 @@ def decode_welcome(payload: memoryview) -> Welcome:
     _check_incarnation(value[1])
     _check_numbers(value[2:3])
     return Welcome(value[1], value[2])
+
+
+def decode_question(payload: bytes) -> None:
+    _after_magic(payload, 0)
+
+
+def _after_magic(payload: bytes | memoryview, count: int) -> tuple[Any, ...]:
+    """The `count` values behind magic and versions, which are checked. NotSupported."""
+    value = unpack_greeting(payload)
+    if type(value) is not tuple or len(value) < 2 + count or value[0] != MAGIC:
+        raise errors.ProtocolError("the first frame must be a greeting")
+    _check_version(value[1])
+    return value[2:2 + count]
+
+
+def decode_join(payload: bytes) -> Join:
+    """Of the right types; what they say is for the caller to check."""
+    match _after_magic(payload, len(Join._fields)):
+        case (bytes(), bytes(), bytes(), bytes(), str(), tuple() as addresses, bool()) as fields:
+            if all(type(address) is str for address in addresses):
+                return Join(*fields)
+    raise errors.ProtocolError("not a request to join")
+
+
+def read_admitted(value: Any) -> Admitted:
+    """Out of an answer. Certificates are checked by who uses them."""
+    match value:
+        case (int() as node, str(), bytes(), tuple() as bundle, tuple() as members):
+            if all(type(each) is bytes for each in bundle) and all(map(_is_contact, members)):
+                _check_numbers((node,))
+                return Admitted(*value)
+    raise errors.ProtocolError("not an admission")
+
+
+def _is_contact(value: Any) -> bool:
+    match value:
+        case (int() as node, tuple() as addresses, bytes()):
+            return node > 0 and all(type(address) is str for address in addresses)
+    return False
+
+
+def decode_admitted(payload: memoryview) -> Admitted:
+    value = unpack(payload)
+    if type(value) is not tuple or not value:
+        raise errors.ProtocolError("not an admission")
+    _check_version(value[:1])
+    return read_admitted(value[1:1 + len(Admitted._fields)])
+
+
+def decode_authorities(payload: memoryview) -> tuple[bytes, tuple[bytes, ...]]:
+    """Cluster id and CAs (DER), as anybody may claim them."""
+    match unpack_greeting(payload):
+        case (int() as version, bytes() as cluster_id, tuple() as bundle, *_):
+            _check_version((version,))
+            if all(type(each) is bytes for each in bundle):
+                return cluster_id, bundle
+    raise errors.ProtocolError("not an answer about CAs")
 
 
 def decode_messages(payload: memoryview) -> tuple[Any, ...]:

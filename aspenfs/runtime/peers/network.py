@@ -67,20 +67,19 @@ class PeerNetwork:
     """Links to all members. `deliver` gets the Raft messages of one frame, `unreachable` the id of a peer
     to which messages got lost; both are called from the loop, outside of any call of this class.
 
-    `deliver` and a bug are the only things that end `run` with an error. `strangers` answers those
-    without a certificate (`admission.Reception.answer`); without it, they are refused.
+    `deliver` and a bug are the only things that end `run` with an error.
     """
 
     def __init__(self, credentials: Credentials, incarnation: int, clock: Clock, entropy: Entropy, *,
-                 deliver: Deliver, unreachable: Callable[[int], object],
-                 strangers: Strangers | None = None) -> None:  # fmt: skip
+                 deliver: Deliver, unreachable: Callable[[int], object]) -> None:  # fmt: skip
         self.node_id = credentials.name.node_id
         self.deliver = deliver
         self.handlers: dict[str, Handler] = {}
+        self.strangers: Strangers | None = None  # answers those without a certificate (`admission.py`)
         self.ports: list[int] = []  # listened on, while `run` runs
         self._incarnation, self._clock = incarnation, clock
         self._process = int.from_bytes(entropy.random_bytes(8), "big") | 1
-        self._unreachable, self._strangers = unreachable, strangers
+        self._unreachable = unreachable
         self._members: Mapping[int, Member] = {}
         self._addresses: dict[int, tuple[Address, ...]] = {}
         self._lives: dict[int, tuple[int, int]] = {}  # the latest incarnation seen, and its process
@@ -346,9 +345,9 @@ class PeerNetwork:
         return messages
 
     async def answer_stranger(self, kind: int, payload: bytes, host: str) -> bytes:
-        if self._strangers is None:
+        if self.strangers is None:
             raise PeerRefused("a certificate of this cluster is needed")
-        return await self._strangers(kind, payload, host)
+        return await self.strangers(kind, payload, host)
 
 
 def _parsed(member: Member) -> tuple[Address, ...]:

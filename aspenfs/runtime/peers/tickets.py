@@ -192,7 +192,8 @@ def withdraw(ticket_hash: bytes) -> Operation:
     return delete(key_of(ticket_hash))
 
 
-def use(ticket_hash: bytes, known: Known, mod_revision: int, *, node: int, born: bytes, key: bytes) -> Transaction:
+def use(ticket_hash: bytes, known: Known, mod_revision: int, *, node: int, born: bytes,
+        key: bytes) -> Transaction:  # fmt: skip
     """The ticket is used by this node, if it is still what `find` found; of two that try, one succeeds."""
     row = key_of(ticket_hash)
     used = known._replace(node=node, born=born, key=key)

@@ -13,7 +13,7 @@ from aspenfs.runtime.identity import Identity
 from aspenfs.runtime.peers import ca, credentials
 from aspenfs.runtime.peers.ca import Authority, NodeName
 from aspenfs.runtime.peers.credentials import Credentials
-from aspenfs.runtime.peers.network import PeerNetwork, Strangers
+from aspenfs.runtime.peers.network import PeerNetwork
 from aspenfs.runtime.system import SystemClock, SystemEntropy
 
 CLOCK, ENTROPY = SystemClock(), SystemEntropy()
@@ -47,8 +47,7 @@ def make_credentials(directory: Path, authority: Authority, node_id: int, *, clu
 class Node:
     """One PeerNetwork and what it delivered."""
 
-    def __init__(self, shown: Credentials, *, incarnation: int = 1,
-                 strangers: Strangers | None = None) -> None:  # fmt: skip
+    def __init__(self, shown: Credentials, *, incarnation: int = 1) -> None:
         self.id = shown.name.node_id
         self.credentials = shown
         self.received: list[tuple[int, Message]] = []
@@ -56,7 +55,7 @@ class Node:
         self.lost: list[int] = []
         self.arrived = trio.Event()
         self.network = PeerNetwork(shown, incarnation, CLOCK, ENTROPY, deliver=self._deliver,
-                                   unreachable=self.lost.append, strangers=strangers)  # fmt: skip
+                                   unreachable=self.lost.append)  # fmt: skip
 
     def _deliver(self, peer: int, messages: Sequence[Message]) -> None:
         self.received += [(peer, message) for message in messages]
