@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import trio
 
-from aspenfs.errors import Corrupt, NoSpace, PeerUnreachable, ProtocolError
+from aspenfs.errors import Closed, Corrupt, NoSpace, PeerUnreachable, ProtocolError
 from aspenfs.kv.machine import state_hash
 from aspenfs.runtime import swap
 from aspenfs.runtime.disk import RealDisk
@@ -107,6 +107,18 @@ def test_what_changes_meanwhile_is_not_in_it(tmp_path: Path) -> None:
         nodes.wire.change = change
         nodes.expect(await nodes.fetch(), LEADER, 100)
         assert state.get(b"k/zz") is not None
+
+    on(tmp_path, test)
+
+
+def test_an_error_of_the_sender_is_no_error_of_ours(tmp_path: Path) -> None:
+    async def test(nodes: Nodes) -> None:
+        def cut(what: str, number: int) -> None:
+            if what != "answer" and number in (1, 2, 6):
+                raise Closed("the sender's store is closed")
+
+        nodes.wire.cut = cut
+        nodes.expect(await nodes.fetch(), LEADER, 100)
 
     on(tmp_path, test)
 

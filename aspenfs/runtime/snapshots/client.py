@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple, Protocol
 import trio
 from blake3 import blake3
 
-from aspenfs.errors import ClusterError, Corrupt, InvalidArgument, ProtocolError
+from aspenfs.errors import AspenError, Corrupt, InvalidArgument, ProtocolError
 from aspenfs.kv import rows
 from aspenfs.limits import SNAPSHOT_BLOCK_BYTES
 from aspenfs.runtime import swap
@@ -133,16 +133,17 @@ class SnapshotClient:
     async def _opened(self, leader: Callable[[], int], min_index: int) -> _Source:
         while True:
             node = leader()
-            try:
-                if node:
+            if node:
+                try:
                     answer = await self._peers.request(node, "snapshot.open", {"index": min_index},
                                                        timeout_s=_REQUEST_SECONDS)  # fmt: skip
+                except AspenError as error:
+                    why = str(error)
+                else:
                     why = _said(answer, "refused")
                     if not why:
                         return _source(node, answer, min_index)
-                    logger.info("node=%d has no snapshot for us: %s", node, why)
-            except ClusterError as error:
-                logger.info("node=%d cannot be asked for a snapshot: %s", node, error)
+                logger.info("node=%d has no snapshot for us: %s", node, why)
             await trio.sleep(self._pause_s)
 
     async def _pulled(self, source: _Source, leader: Callable[[], int],
@@ -188,7 +189,7 @@ class SnapshotClient:
                 answer = await self._peers.request(source.node, "snapshot.read", body,
                                                    timeout_s=_REQUEST_SECONDS)  # fmt: skip
                 break
-            except ClusterError as error:
+            except AspenError as error:
                 if trio.current_time() > deadline:
                     raise _Gone(str(error)) from error
                 logger.info("node=%d snapshot interrupted: %s", source.node, error)
@@ -203,7 +204,7 @@ class SnapshotClient:
             try:
                 await self._peers.request(source.node, "snapshot.close", {"id": source.id},
                                           timeout_s=_CLOSE_SECONDS)  # fmt: skip
-            except ClusterError as error:
+            except AspenError as error:
                 logger.debug("node=%d was not told: %s", source.node, error)
 
 
