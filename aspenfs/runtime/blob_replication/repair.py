@@ -50,6 +50,7 @@ class Repair:
         self._position: bytes | None = None  # of the walk: behind this digest; None: not walking
         self._overlooked = False
         self._wake = trio.Event()  # replaced when set
+        self.missing_max = BLOB_MISSING_MAX
         self.walks = self.repaired = 0
 
     # --- what others call ---
@@ -78,7 +79,7 @@ class Repair:
         """This chunk is named, and not here or not readable."""
         if digest in self._missing or digest in self._unavailable:
             return
-        if self.missing >= BLOB_MISSING_MAX:
+        if self.missing >= self.missing_max:
             self._overlooked = True
             return
         self._missing[digest] = trio.current_time() + delay_s
