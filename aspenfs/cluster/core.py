@@ -82,6 +82,7 @@ class Core:
         self._pending_change = 0  # no change of the configuration before this index is applied
         self._reads = ReadRounds()
         self._alone = False  # the only member, and leader
+        self._quietly = False  # if so, its term needs no entry of its own
         self._append_due = False  # somebody may be sent something
         self._cuts: dict[int, list[Entry]] = {}  # entries of this turn's appends, by the index of the first
         self._snapshot: Snapshot | None = None  # which the owner offers to others

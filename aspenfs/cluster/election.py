@@ -26,11 +26,13 @@ _VOTE_RESP: Final = MessageType.VOTE_RESP
 class Election(Leading):
     # --- campaigns ---
 
-    def campaign(self) -> bool:
+    def campaign(self, *, quietly: bool = False) -> bool:
         """Stands for election now. False: it may not, or leads already.
 
-        A node that is the only voter leads when this returns; it needs nobody.
+        A node that is the only voter leads when this returns; it needs nobody. If it is alone, `quietly`
+        leaves out the empty entry of its term: nobody could have committed what it does not know of.
         """
+        self._quietly = quietly
         if self.role is LEADER or not self._may_campaign or self._contact_elapsed < self._election_ticks:
             return False
         self._pre_campaign()

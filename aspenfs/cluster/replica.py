@@ -112,6 +112,7 @@ class Replica:
         # Durability: what waits for a ticket, in order.
         self._written = self._synced = 0
         self._after_sync: deque[tuple[int, Sequence[Message]]] = deque()
+        self._truncated: deque[tuple[int, int]] = deque()  # by which write, to which index
         self._stalled: Ready | None = None  # a disk without room: its entries are not yet in the log
         self.stall: errors.NoSpace | None = None
         # Reads: those of the next round, those of the round under way, and those with an index.
@@ -179,7 +180,11 @@ class Replica:
         """All that was written up to `ticket` is durable, and the log is up to entry `index`."""
         self._synced = max(self._synced, ticket)
         raft = self.raft
-        index = min(index, raft.last_index)
+        # What stands in the log behind a truncation that this sync has not seen is not what it saw.
+        truncated = self._truncated
+        while truncated and truncated[0][0] <= ticket:
+            truncated.popleft()
+        index = min(index, raft.last_index, *(to for _, to in truncated))
         term = raft.log.term_at(index)
         while self._after_sync and self._after_sync[0][0] <= ticket:
             _, messages = self._after_sync.popleft()
@@ -219,6 +224,8 @@ class Replica:
     def snapshot_failed(self) -> None:
         """It could not be had; the leader offers another one."""
         self._installing = None
+        self.raft.snapshot_failed()
+        self.pump()
 
     def state_is_at(self, snapshot: Snapshot) -> None:
         """The durable state has this: followers that need more than the log in memory may get it."""
@@ -280,6 +287,8 @@ class Replica:
 
     def _go_on(self, ready: Ready) -> None:
         send = self._owner.send
+        if ready.truncate_after is not None:
+            self._truncated.append((self._written, ready.truncate_after))
         for message in ready.messages:
             send(message.to, message)
         if self._written == self._synced and not ready.must_sync:

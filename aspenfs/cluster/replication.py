@@ -50,7 +50,10 @@ class Replication(Core):
         # Entries of earlier terms may hold a change of the configuration: all must be applied first.
         self._pending_change = log.last_index
         self._look_if_alone()
-        self._append([(int(EntryKind.NORMAL), b"")])
+        if self._quietly and self._alone and log.applied == log.last_index:
+            self.committed_in_term = True
+        else:
+            self._append([(int(EntryKind.NORMAL), b"")])
 
     def _append(self, entries: Sequence[tuple[int, bytes]]) -> int:
         """The leader's own: (kind, data) pairs become entries. The index of the first."""

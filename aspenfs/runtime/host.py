@@ -1,21 +1,24 @@
-"""NodeStore: the Store port on one durable node, where engine, log and state meet.
+"""NodeStore: the Store port on one durable replica, where engine, log, state and consensus meet.
 
 Belongs here: the path of a transaction, both acknowledgement points (DESIGN §5), backpressure, the
 node's own chores, what happens when the disk fails. Not here: evaluation (`kv/`), the log's bytes
-(`wal.py`), LMDB (`statedb.py`), what the threads do inside (`syncer.py`, `applier.py`).
+(`wal.py`), LMDB (`statedb.py`), what the threads do inside (`syncer.py`, `applier.py`), agreeing with
+other nodes (`consensus.py`).
 
-A transaction, all without suspending: checked -> evaluated on the overlay -> appended to the log
--> staged on the overlay and told to observers. So an append that fails leaves no trace, and what
-is visible is in the log. Then, behind its back: sync thread -> commit -> applier thread -> settle.
+A transaction on a node that is alone, all without suspending: checked -> evaluated on the overlay ->
+appended to the log -> staged on the overlay and told to observers. So an append that fails leaves no
+trace, and what is visible is in the log. Then, behind its back: sync thread -> commit -> applier thread
+-> settle. In a cluster of several nodes: checked -> proposed -> in the logs of a majority, durably ->
+evaluated on every node, staged and told; the proposer's `txn` returns then.
 
 All methods belong to the loop's thread. Three indices, each behind the one before:
-accepted (`revision`) >= committed (durable in the log) >= applied (in the state).
+accepted (`revision`) >= committed (durable on a majority) >= applied (in the state).
 """
 
 import logging
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +26,9 @@ from typing import Any, NoReturn
 import trio
 
 from aspenfs import errors
+from aspenfs.cluster.raft import Raft
+from aspenfs.cluster.replica import Replica
+from aspenfs.cluster.types import Configuration, HardState
 from aspenfs.errors import AspenError, NoSpace, SyncFailed
 from aspenfs.kv import commands, types
 from aspenfs.kv.commands import Command
@@ -30,9 +36,10 @@ from aspenfs.kv.engine import Engine
 from aspenfs.kv.state import Outcome
 from aspenfs.kv.store import Dedup, Observer
 from aspenfs.kv.types import Batch, Compare, Operation, Record, TxnResult
-from aspenfs.limits import MIB, OVERLAY_BYTES_MAX, SYNC_INTERVAL_MS, WAL_SEGMENT_BYTES
+from aspenfs.limits import MIB, OVERLAY_BYTES_MAX, PROPOSAL_TIMEOUT_MS, PROPOSALS_BYTES_MAX, SYNC_INTERVAL_MS, WAL_SEGMENT_BYTES
 from aspenfs.runtime import identity, recovery, store_status
 from aspenfs.runtime.applier import Applier
+from aspenfs.runtime.consensus import META_CONFIGURATION, META_TERM, Consensus, decode_configuration
 from aspenfs.runtime.disk import RealDisk
 from aspenfs.runtime.identity import Identity
 from aspenfs.runtime.recovery import VerifyEntry
@@ -47,7 +54,6 @@ logger = logging.getLogger(__name__)
 
 STATE_DIRECTORY = "state"
 
-_TERM = 1  # until the log is replicated
 _ENTRY = int(Kind.ENTRY)
 _HURRY_BYTES = 8 * MIB  # logged, or in the overlay: sync and apply now, not at the next interval
 _SWITCH_INTERVAL_SECONDS = 0.0005  # how long a thread of ours may keep the loop from running
@@ -57,7 +63,6 @@ _FREEING = frozenset((types.DELETE, types.DELETE_RANGE))
 class NodeStore:
     """A durable `kv.store.Store`. Made by `open`; durable in the background while `run` runs."""
 
-    alone = True  # until the log is replicated
 
     def __init__(self, node: Identity, wal: Wal, state: StateDb, clock: Clock, entropy: Entropy,
                  pre_sync: Sequence[Hook], disk: Disk, reserve: Reserve | None) -> None:
@@ -66,8 +71,14 @@ class NodeStore:
         self.engine = engine = Engine(state, clock, entropy, trio.Event, index=state.applied_index,
                                       observer_failed=_log_observer)
         self._overlay = engine.overlay
-        self._applier = Applier(state, self._batch_applied, self._applier_stalled, self._fail)
-        self._syncer = Syncer(wal.sync, pre_sync, self._synced, self._fail, clock.monotonic_ns)
+        self._applier = Applier(state, self._batch_applied, self._applier_stalled, self._fail, self._meta_at)
+        self._syncer = Syncer(self._sync_wal, pre_sync, self._synced, self._fail, clock.monotonic_ns)
+        self._clock, self._entropy = clock, entropy
+        self._synced_ticket = 0  # of writes of the consensus that are durable; set by the sync thread
+        self.consensus: Consensus
+        self._replica: Replica
+        # Awaited before a command is proposed to others: what it names must be with a majority.
+        self.before_propose: Callable[[Command], Awaitable[object]] | None = None
         self._token: trio.lowlevel.TrioToken | None = None
         self._failure: AspenError | None = None
         self._failed = trio.Event()
@@ -85,13 +96,14 @@ class NodeStore:
     def open(cls, state_directory: str | Path, clock: Clock, entropy: Entropy, *, name: str = "aspen",
              disk: Disk | None = None, pre_sync: Sequence[Hook] = (), verify_entry: VerifyEntry | None = None,
              segment_bytes: int = WAL_SEGMENT_BYTES, map_bytes: int = MAP_BYTES, background: bool = True,
-             free_bytes: Callable[[], int] | None = None, reserve: Reserve | None = None) -> "NodeStore":
+             free_bytes: Callable[[], int] | None = None, reserve: Reserve | None = None,
+             incarnation: int = 1) -> "NodeStore":
         """The store in `state_directory`, recovered; a new cluster `name` if there is none yet.
 
         Blocks. `pre_sync` runs in the sync thread before each sync of the log: what log entries name
         must be durable before they are. `verify_entry` tells whether what an entry names is here.
         `disk` holds the log (default: the directory itself), `free_bytes` limits the state,
-        `reserve` is used up when that finds no room.
+        `reserve` is used up when that finds no room. `incarnation` is greater with each start.
         Corrupt, NoSpace, SyncFailed; the caller holds the lock on the directory.
         """
         directory = Path(state_directory)
@@ -103,8 +115,7 @@ class NodeStore:
             state = StateDb(directory / STATE_DIRECTORY, map_bytes=map_bytes, free_bytes=free_bytes)
             try:
                 store = cls(node, wal, state, clock, entropy, pre_sync, log, reserve)
-                replayed = recovery.replay(wal, WAL_DIRECTORY, state, store.engine, store._applier,
-                                           store._syncer, verify_entry)  # fmt: skip
+                replayed = store._recover(verify_entry, incarnation)
             except BaseException:
                 state.close()
                 raise
@@ -114,6 +125,40 @@ class NodeStore:
         store._take_reserve()
         logger.info("store opened cluster=%s revision=%d replayed=%d", node.name, store.revision, replayed)
         return store
+
+    def _recover(self, verify_entry: VerifyEntry | None, incarnation: int) -> int:
+        """Brings engine and replica to where the log and the state are; the entries evaluated."""
+        wal, state, node = self._wal, self._state, self.identity.node_id
+        stored = state.meta(META_CONFIGURATION)
+        configuration = Configuration((node,)) if stored is None else decode_configuration(stored)
+        applied = state.applied_index
+        term = state.meta(META_TERM)
+        terms = [(applied, int.from_bytes(term, "big") if term is not None else min(1, applied))]
+        self.consensus = Consensus(wal, self.engine, self._applier, self._syncer, self._fail, terms,
+                                   configuration)  # fmt: skip
+        found = recovery.replay(wal, WAL_DIRECTORY, state, self.engine, self._applier, self._syncer,
+                                verify_entry, alone=configuration == Configuration((node,)),
+                                note_term=self.consensus.note_term)  # fmt: skip
+        revision = self.engine.revision
+        written_term, vote = wal.hard_state or (0, b"")
+        last_term = found.tail[-1].term if found.tail else self.consensus.term_at(revision)
+        hard_state = HardState(max(written_term, last_term),
+                               int.from_bytes(vote, "little") if written_term >= last_term else 0)  # fmt: skip
+        raft = Raft(node, configuration, hard_state=hard_state, entries=found.tail, base_index=revision,
+                    base_term=self.consensus.term_at(revision), applied=revision,
+                    random=self._random_below)  # fmt: skip
+        self._replica = self.consensus.start(raft, self._clock.monotonic_ns, incarnation)
+        self.consensus.state_is_at(state.applied_index)
+        if configuration.voters == (node,) and not configuration.outgoing:
+            raft.campaign(quietly=not found.tail and not configuration.learners)
+            self._replica.pump()
+        return found.evaluated
+
+    def _random_below(self, bound: int) -> int:
+        return int.from_bytes(self._entropy.random_bytes(8), "big") % bound
+
+    def _meta_at(self, index: int) -> Mapping[str, bytes]:
+        return self.consensus.meta_at(index)
 
     # --- running ---
 
@@ -127,6 +172,8 @@ class NodeStore:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._chores)
+                nursery.start_soon(self._proposed_chores)
+                nursery.start_soon(self.consensus.run)
                 task_status.started()
                 await self._failed.wait()
                 nursery.cancel_scope.cancel()
@@ -141,6 +188,7 @@ class NodeStore:
             if self._failure is not None:
                 self._raise_failure()  # even if cancelled meanwhile: it decides how the process ends
             self._flush_log()  # whoever waits for a commit gets it
+            self._replica.stop(errors.Closed("the store is closed"))
 
     def _stop_threads(self) -> None:
         self._syncer.stop()
@@ -158,6 +206,8 @@ class NodeStore:
             self._state.give_back_pages()
             if self._state.durable_index < self._state.applied_index == engine.committed_revision:
                 self._applier.request_sync()  # nothing comes that would do it
+            if not self._replica.alone:
+                continue
             try:
                 if self._wal.short_of_space:
                     self._look_for_space()
@@ -169,6 +219,22 @@ class NodeStore:
                 logger.debug("revision=%d a chore waits: %s", engine.revision, error)
             except Exception as error:
                 self._fail(error)
+
+    async def _proposed_chores(self) -> None:
+        """The same chores in a cluster of several nodes, where the leader does them for all."""
+        engine = self.engine
+        while self._failure is None:
+            await trio.sleep(SYNC_INTERVAL_MS / 1000)
+            if self._replica.alone or not self.consensus.leading:
+                continue
+            try:
+                expire, revision = engine.expire_command(), engine.compaction_due()
+                if expire is not None:
+                    await self._command(expire)
+                if revision is not None:
+                    await self.compact(revision)
+            except AspenError as error:
+                logger.debug("revision=%d a chore waits: %s", engine.revision, error)
 
     def expire_leases(self) -> None:
         """Ends the leases whose time is over by the clock. `run` does it now and then."""
@@ -195,7 +261,7 @@ class NodeStore:
 
     def _flush_log(self) -> None:
         try:
-            self.engine.committed_to(self._syncer.sync_now())
+            self._synced(self._syncer.sync_now())
         except BaseException as error:
             self._fail(error)
             raise
@@ -234,6 +300,7 @@ class NodeStore:
         self._failure = failure
         self.get = self.range = self.scan = self.leases = self._refuse  # so the hot path needs no check
         self.engine.close(failure)
+        self._replica.stop(failure)
         self._failed.set()
         self._room.set()
 
@@ -246,9 +313,16 @@ class NodeStore:
 
     # --- durable and applied; called in the loop by the threads ---
 
+    def _sync_wal(self, before: Hook | None) -> int:
+        """In the sync thread: all writes up to the ticket that is read here come before the sync."""
+        ticket = self.consensus.ticket
+        index = self._wal.sync(before)
+        self._synced_ticket = ticket
+        return index
+
     def _synced(self, index: int) -> None:
         if self._failure is None:
-            self.engine.committed_to(index)
+            self.consensus.synced(self._synced_ticket, index)
             if self._overlay.bytes > _HURRY_BYTES:
                 self._applier.request(index)
 
@@ -284,6 +358,7 @@ class NodeStore:
         self._stall = None
         # No await from here to the first settle: readers see each effect in the overlay or below.
         self._state.refresh()
+        self.consensus.state_is_at(self._state.applied_index)
         idle = bool(steps) and not self._to_settle
         self._to_settle.extend(steps)
         try:
@@ -339,9 +414,13 @@ class NodeStore:
                   else_: Sequence[Operation] = (), *, dedup: Dedup | None = None,
                   origin: object = None) -> TxnResult:
         engine = self.engine
+        if not self._replica.alone:
+            return await self._replicated(compares, then, else_, dedup, origin)
         if (self._overlay.bytes > OVERLAY_BYTES_MAX or self._wal.short_of_space or self._failure is not None
                 or self._refusal is not None):  # fmt: skip
             await self._admitted(then)
+            if not self._replica.alone:
+                return await self._replicated(compares, then, else_, dedup, origin)
         command, encoded = engine.txn_command(compares, then, else_, dedup)
         index, outcome = engine.prepare(command)
         result = outcome[0]
@@ -354,11 +433,12 @@ class NodeStore:
     def _accept(self, index: int, encoded: bytes, outcome: Outcome, origin: object) -> None:
         """Into the log, then visible. NoSpace and an EIO of the write itself leave no trace."""
         try:
-            self._wal.append(_ENTRY, _TERM, index, encoded)
+            self._wal.append(_ENTRY, self._replica.raft.term, index, encoded)
         except SyncFailed as error:
             self._fail(error)
             raise
         try:
+            self._replica.accept(_ENTRY, encoded)
             self.engine.accept(index, outcome, origin)
         except BaseException as error:
             self._fail(error)  # the log has the entry, the overlay has not
@@ -368,6 +448,52 @@ class NodeStore:
         if self._unsynced_bytes > _HURRY_BYTES:
             self._unsynced_bytes = 0
             self._syncer.request()
+
+    async def _replicated(self, compares: Sequence[Compare], then: Sequence[Operation],
+                          else_: Sequence[Operation], dedup: Dedup | None, origin: object) -> TxnResult:
+        command, encoded = self.engine.txn_command(compares, then, else_, dedup)
+        freeing = any(operation[0] in _FREEING for operation in then)
+        result = await self._proposed(command, encoded, freeing, origin)
+        assert isinstance(result, TxnResult)
+        return result
+
+    async def _proposed(self, command: Command, encoded: bytes, freeing: bool, origin: object) -> object:
+        """The result of a command that a majority has agreed on and that was evaluated here."""
+        if self._failure is not None:
+            self._raise_failure()
+        if not freeing:
+            if self._wal.short_of_space:
+                raise NoSpace("no space for the log: free some on the file system of the state directory")
+            if self._refusal is not None:
+                raise self._refusal.with_traceback(None)
+        if self._replica.proposed_bytes > PROPOSALS_BYTES_MAX or self._overlay.bytes > OVERLAY_BYTES_MAX:
+            await self._room_to_propose()
+        if self.before_propose is not None:
+            await self.before_propose(command)
+        result = await self.consensus.propose(command, encoded, origin)
+        if isinstance(result, AspenError):
+            raise result.with_traceback(None)
+        return result
+
+    async def _room_to_propose(self) -> None:
+        """Waits until fewer bytes are under way. NoQuorum if they do not get less."""
+        deadline = trio.current_time() + PROPOSAL_TIMEOUT_MS / 1000
+        while self._replica.proposed_bytes > PROPOSALS_BYTES_MAX or self._overlay.bytes > OVERLAY_BYTES_MAX:
+            if self._failure is not None:
+                self._raise_failure()
+            if self._stall is not None:
+                raise self._stall.with_traceback(None)
+            if trio.current_time() > deadline:
+                raise errors.NoQuorum("what was proposed before is still under way: `aspen status` tells why")
+            self._applier.hurried = True
+            self._applier.request(self.engine.committed_revision)
+            await trio.sleep(0.005)
+
+    async def _command(self, command: Command) -> object:
+        """The result of a command of ours."""
+        if self._replica.alone:
+            return self._run_command(command).result
+        return await self._proposed(command, commands.encode(command), True, None)
 
     async def _admitted(self, then: Sequence[Operation]) -> None:
         """Waits until there is room for a transaction. NoSpace, when only space on the disk would help.
@@ -417,8 +543,8 @@ class NodeStore:
         self._accept(index, commands.encode(command), outcome, None)
         return outcome
 
-    def _number(self, command: Command) -> int:
-        result = self._run_command(command).result
+    async def _number(self, command: Command) -> int:
+        result = await self._command(command)
         assert isinstance(result, int)
         return result
 
@@ -435,7 +561,14 @@ class NodeStore:
     async def barrier(self) -> int:
         if self._failure is not None:
             self._raise_failure()
+        if not self._replica.read_now():
+            await self.consensus.read_index()
         return self.engine.revision
+
+    @property
+    def alone(self) -> bool:
+        """Whether transactions are accepted at once: no other node is a member, or about to be one."""
+        return self._replica.alone
 
     async def fence(self, revision: int) -> None:
         await self.committed(revision)
@@ -447,16 +580,16 @@ class NodeStore:
         return self.engine.watch(start, end, from_revision=from_revision)
 
     async def lease_grant(self, ttl_ms: int, lease: int = 0) -> int:
-        return self._number(self.engine.grant_command(ttl_ms, lease))
+        return await self._number(self.engine.grant_command(ttl_ms, lease))
 
     async def lease_keepalive(self, lease: int) -> int:
-        return self._number(self.engine.keepalive_command(lease))
+        return await self._number(self.engine.keepalive_command(lease))
 
     async def lease_revoke(self, lease: int) -> None:
-        self._run_command(self.engine.revoke_command(lease))
+        await self._command(self.engine.revoke_command(lease))
 
     async def compact(self, revision: int) -> None:
-        while self._number(self.engine.compact_command(revision)):
+        while await self._number(self.engine.compact_command(revision)):
             await trio.lowlevel.checkpoint()
 
     # --- looking at it ---
@@ -473,8 +606,9 @@ class NodeStore:
         """Figures for `cluster/` and `aspen status`: see `store_status.py`."""
         if isinstance(self._failure, errors.Closed):
             self._raise_failure()
-        return store_status.figures(self.identity, self.engine, self._wal, self._disk, self._state,
-                                    self._syncer, self._applier, self._condition())  # fmt: skip
+        figures = store_status.figures(self.identity, self.engine, self._wal, self._disk, self._state,
+                                       self._syncer, self._applier, self._condition())  # fmt: skip
+        return figures | self.consensus.status()
 
     def _condition(self) -> str:
         if self._failure is not None:
