@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 BULK_KINDS = ("blob.", "snapshot.")  # requests whose answers are long
 
+_SAME_MAX = 4  # connections of one peer and kind
+
 Deliver = Callable[[int, Sequence[Message]], object]
 Strangers = Callable[[int, bytes, str], Awaitable[bytes]]  # type and payload of its frame, its host
 
@@ -84,7 +86,7 @@ class PeerNetwork:
         self._addresses: dict[int, tuple[Address, ...]] = {}
         self._lives: dict[int, tuple[int, int]] = {}  # the latest incarnation seen, and its process
         self._links: dict[tuple[int, LinkKind], Link] = {}
-        self._incoming: set[Incoming] = set()
+        self._incoming: dict[Incoming, None] = {}  # oldest first
         self._errors: dict[int, PeerError] = {}
         self._numbers = count(1)
         self._lost: dict[int, None] = {}  # peers to be reported as unreachable
@@ -320,19 +322,19 @@ class PeerNetwork:
         return Welcome(self._incarnation, self._process)
 
     def came_in(self, channel: Incoming) -> None:
-        # A renewal leaves the former one to end by itself; more than that is a peer that lost track.
+        # A renewal leaves the former one to end by itself; many of them are a peer that lost track.
         same = [each for each in self._incoming
                 if (each.peer, each.hello.link) == (channel.peer, channel.hello.link)]  # fmt: skip
-        for each in same if len(same) > 1 else ():
-            each.end("replaced by newer connections")
-        self._incoming.add(channel)
+        if len(same) >= _SAME_MAX:
+            same[0].end("replaced by newer connections")
+        self._incoming[channel] = None
         for kind in LinkKind:
             link = self._links.get((channel.peer, kind))
             if link is not None and link.channel is None:
                 link.hurry()  # it is alive
 
     def went_away(self, channel: Incoming) -> None:
-        self._incoming.discard(channel)
+        del self._incoming[channel]
 
     def decode(self, peer: int, values: Sequence[Any]) -> Sequence[Message]:
         try:

@@ -46,6 +46,7 @@ class TlsStream:
         self._plain = memoryview(bytearray(_BUFFER))
         self._start = self._end = 0  # what of `_plain` has not been handed out
         self._closed = False
+        self._broken: Broken | None = None  # how what comes in ended
         self.flushing = False  # a record may have been sent in part; for ever, if a sender was cancelled
         self.bytes_sent = self.bytes_received = 0  # encrypted
         self.received_at = trio.current_time()  # when bytes last came in
@@ -163,11 +164,13 @@ class TlsStream:
             plain[:len(kept)] = kept
             self._start, self._end = 0, len(kept)
         before = self._end
-        while self._end < _BUFFER:
-            read = self._read_some(plain[self._end:])
-            if not read:
-                break
-            self._end += read
+        try:
+            while self._end < _BUFFER and (read := self._read_some(plain[self._end:])):
+                self._end += read
+        except Broken as error:
+            if self._end == before:
+                raise
+            self._broken = error  # after what came before it has been handed out
         return self._end - before
 
     async def _receive_large(self, wanted: int) -> memoryview:
@@ -186,6 +189,8 @@ class TlsStream:
 
     def _read_some(self, target: memoryview) -> int:
         """Bytes of one record, or the rest of one; 0 if more must come in first."""
+        if self._broken is not None:
+            raise self._broken
         try:
             read: int = self._tls.read(len(target), target)  # type: ignore[assignment]  # as documented
         except ssl.SSLWantReadError:

@@ -1,9 +1,12 @@
 """Nodes of one cluster in one process: real state directories, certificates and sockets on loopback."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
+import gc
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import wraps
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec
 
 import trio
 
@@ -18,6 +21,7 @@ from aspenfs.runtime.system import SystemClock, SystemEntropy
 
 CLOCK, ENTROPY = SystemClock(), SystemEntropy()
 CLUSTER_ID = b"c" * 16
+P = ParamSpec("P")
 SECONDS_MAX = 20  # for one condition; never waited out unless something is wrong
 
 
@@ -104,3 +108,31 @@ def make_nodes(directory: Path, count: int, authority: Authority | None = None) 
     authority = authority or make_authority()
     return [Node(make_credentials(directory / f"n{number}", authority, number))
             for number in range(1, count + 1)]  # fmt: skip
+
+
+def in_trio(test: Callable[P, Awaitable[None]]) -> Callable[P, None]:
+    """Runs the test in a loop of its own; every descriptor that it opened must be closed at its end."""
+
+    @wraps(test)
+    def run(*arguments: P.args, **named: P.kwargs) -> None:
+        async def main() -> None:
+            with trio.fail_after(4 * SECONDS_MAX):
+                await test(*arguments, **named)
+
+        before = descriptors()
+        trio.run(main)
+        gc.collect()
+        assert descriptors() == before, "descriptors were left open"
+
+    return run
+
+
+def descriptors() -> set[str]:
+    """What this process has open, by what it is (a socket's has its inode number)."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found.add(os.readlink(f"/proc/self/fd/{name}"))
+        except FileNotFoundError:
+            continue  # the listing's own
+    return {each for each in found if not each.startswith(("/proc/", "anon_inode"))}
