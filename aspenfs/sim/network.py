@@ -97,6 +97,10 @@ class Network:
         for link in links:
             self._own[link] = quality
 
+    def restore(self) -> None:
+        """No link is slower than others."""
+        self._own.clear()
+
     def heal(self) -> None:
         """All links are as they were meant to be."""
         self._blocked.clear()

@@ -31,7 +31,7 @@ class SyncThread:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="sim-sync", daemon=True)
             self._thread.start()
-        self._work, self.busy = work, True
+        self._work, self.busy, self._error = work, True, None
         self.go_on()
 
     def go_on(self) -> None:

@@ -1,0 +1,427 @@
+"""What must be true of a cluster at every moment, whoever has crashed, and who finds out when it is not.
+
+Belongs here: a record of everything that nodes wrote, made durable, said, committed and applied, kept by
+somebody who sees all of it and forgets nothing; and the checks of each new fact against that record (Raft
+figure 3, §5-6). Not here: histories of clients (`linearizability.py`, `revisions.py`), causing trouble
+(`faults.py`).
+
+Nodes report facts in the order in which they become true; a report that contradicts the record raises
+Violation, which names the check. What is durable is known from the syncs that ended, never from what a node
+believes.
+"""
+
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+from typing import Final, NamedTuple
+
+from aspenfs.cluster.messages import Message, MessageType
+from aspenfs.cluster.types import Configuration, Entry, EntryKind, HardState, Role
+from aspenfs.kv import records
+from aspenfs.kv.state import Effect, State
+from aspenfs.kv.types import Record
+from aspenfs.limits import ELECTION_TICKS, TICK_MS
+from aspenfs.sim.scheduler import MS
+
+# A node that heard from its leader grants no vote for so long, by its own clock; a tick may be cut short.
+_FROM_LEADER: Final = frozenset((MessageType.APP, MessageType.HEARTBEAT, MessageType.SNAP))
+STICKY_NS: Final = (ELECTION_TICKS - 1) * TICK_MS * MS
+
+
+class Violation(Exception):
+    """The cluster broke a promise. `check` is a name for machines, the message says what happened."""
+
+    def __init__(self, check: str, message: str) -> None:
+        super().__init__(f"{check}: {message}")
+        self.check = check
+
+
+class Written(NamedTuple):
+    """What an entry is, wherever it is found: (index, term) names it (log matching, Raft §5.3)."""
+
+    term_before: int
+    kind: int
+    digest: bytes
+
+
+class NodeRecord:
+    """One node's log and promises, as they must be, across all its lives."""
+
+    def __init__(self) -> None:
+        self.terms: dict[int, int] = {}  # of the log's entries, by index; those before `base` may lack
+        self.base = 0  # the log begins after it
+        self.last = 0
+        self.durable = 0  # entries up to this one are on the platters
+        self.covered = 0  # those that the sync under way will make durable
+        self.state_durable = 0  # and all up to this one are in the durable state
+        self.hard = self.hard_durable = self.hard_covered = HardState(0, 0)
+        self.commit = 0
+        self.applied = 0
+        self.role = Role.FOLLOWER
+        self.voters = Configuration(())  # as it was when the commit index was last looked at
+        # Of this life:
+        self.started_ns = self.heard_ns = 0  # by its own clock; heard: from a leader of its term
+        self.heard_term = 0
+        self.committed_own_term = 0  # the last term in which it saw an entry of that term committed
+
+    def holds_durably(self, index: int, term: int) -> bool:
+        if index <= self.state_durable:
+            return True
+        return index <= self.durable and self.terms.get(index) == term
+
+
+class Invariants:
+    """The record of a whole cluster; see the head of this file."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[int, NodeRecord] = {}
+        self.leaders: dict[int, int] = {}  # term -> node
+        self.written: dict[tuple[int, int], Written] = {}
+        self.committed: dict[int, int] = {}  # index -> term
+        self.commit = 0
+        self.applied: dict[int, bytes] = {}  # index -> digest of entry and effects
+        self.applied_index = 0
+        self.configurations: dict[int, Configuration] = {}  # index -> as of that entry
+        self.votes: dict[tuple[int, int], int] = {}  # (term, voter) -> candidate
+        self.pre_votes: dict[tuple[int, int], set[int]] = {}  # (term to come, candidate) -> voters
+        self.called: set[tuple[int, int]] = set()  # (term, node) that was told to stand for election at once
+        self._accepting = 0  # who last evaluated ahead of its disk
+        self.acknowledged = 0  # the highest revision of which any client was told
+        self._state_sums: list[int] = [0]  # by index: sum of the hashes of all rows of the state
+        self._state: dict[bytes, int] = {}  # key -> hash of its row
+        self._undo: list[list[tuple[bytes, int]]] = []  # by index, from 1: keys and the hashes they had
+
+    def node(self, node: int) -> NodeRecord:
+        return self.nodes.setdefault(node, NodeRecord())
+
+    # --- the log and the disk ---
+
+    def wrote(self, node: int, truncate_after: int | None, entries: Sequence[Entry],
+              hard_state: HardState | None, role: Role) -> None:  # fmt: skip
+        """Into the log of `node`, in this order; nothing of it is durable yet."""
+        record = self.node(node)
+        if truncate_after is not None and truncate_after < record.last:
+            self._truncated(node, record, truncate_after, role)
+        if hard_state is not None:
+            self._voted(node, record, hard_state)
+        for entry in entries:
+            self._appended(node, record, entry)
+        if role is Role.LEADER and any(entry.kind == EntryKind.CONFIGURATION for entry in entries):
+            self._configuration_proposed(node, record)
+
+    def _truncated(self, node: int, record: NodeRecord, after: int, role: Role) -> None:
+        if role is Role.LEADER:
+            raise Violation("leader-append-only", f"leader {node} truncates its log after {after}")
+        for index in range(max(after, record.base) + 1, min(record.last, self.commit) + 1):
+            if record.terms.get(index) == self.committed[index]:
+                raise Violation("committed-kept", f"node {node} truncates committed entry {index}")
+        for index in range(after + 1, record.last + 1):
+            record.terms.pop(index, None)
+        record.last = after
+        record.durable = min(record.durable, after)
+        record.covered = min(record.covered, after)
+
+    def _voted(self, node: int, record: NodeRecord, hard: HardState) -> None:
+        before = record.hard
+        if hard.term < before.term:
+            raise Violation("term-monotone", f"node {node} goes from term {before.term} to {hard.term}")
+        if hard.term == before.term and before.vote and hard.vote != before.vote:
+            raise Violation("vote-kept", f"node {node} changes its vote in term {hard.term}")
+        record.hard = hard
+        if hard.vote:
+            self._vote(node, hard.term, hard.vote)
+
+    def _vote(self, node: int, term: int, candidate: int) -> None:
+        earlier = self.votes.setdefault((term, node), candidate)
+        if earlier != candidate:
+            both = f"{earlier} and {candidate}"
+            raise Violation("one-vote-a-term", f"node {node} votes for {both} in term {term}")
+
+    def _appended(self, node: int, record: NodeRecord, entry: Entry) -> None:
+        index = entry.index
+        if index != record.last + 1:
+            raise Violation("log-contiguous", f"node {node} writes entry {index} behind {record.last}")
+        before = record.terms.get(index - 1, 0)
+        if entry.term < before:
+            raise Violation("log-terms", f"node {node}: term {entry.term} at {index} follows term {before}")
+        digest = blake2b(entry.data, digest_size=8).digest()
+        written = Written(before, entry.kind, digest)
+        known = self.written.setdefault((index, entry.term), written)
+        # What precedes the first entry after a snapshot may not be known here.
+        if known != written and not (index - 1 == record.base and known[1:] == written[1:]):
+            raise Violation("log-matching", f"node {node} has another entry {index} of term {entry.term}")
+        record.terms[index] = entry.term
+        record.last = index
+
+    def _configuration_proposed(self, node: int, record: NodeRecord) -> None:
+        pending = [index for index in range(self.commit + 1, record.last + 1)
+                   if self.written[index, record.terms[index]].kind == EntryKind.CONFIGURATION]  # fmt: skip
+        if len(pending) > 1:
+            raise Violation("one-configuration", f"leader {node} has uncommitted configurations at {pending}")
+        term = record.terms[record.last]
+        if pending and record.committed_own_term != term:
+            raise Violation("configuration-after-commit",
+                            f"leader {node} changes it before it committed in term {term}")  # fmt: skip
+
+    def sync_started(self, node: int) -> None:
+        record = self.node(node)
+        record.covered, record.hard_covered = record.last, record.hard
+
+    def sync_ended(self, node: int) -> None:
+        record = self.node(node)
+        record.durable = max(record.durable, record.covered)
+        record.hard_durable = max(record.hard_durable, record.hard_covered)
+
+    def state_synced(self, node: int, index: int) -> None:
+        self.node(node).state_durable = index
+
+    def snapshot_installed(self, node: int, index: int, term: int) -> None:
+        """The state is durably that of `index`, and the log begins behind it, durably."""
+        record = self.node(node)
+        if self.committed.get(index) != term:
+            raise Violation("snapshot-committed", f"node {node} takes a snapshot of {index} in term {term}")
+        for after in range(index + 1, min(record.last, self.commit) + 1):
+            if record.terms.get(after) == self.committed[after]:
+                raise Violation("committed-kept",
+                                f"node {node} drops committed {after} for a snapshot of {index}")  # fmt: skip
+        record.terms = {index: term}
+        record.base = record.last = record.durable = record.covered = index
+        record.state_durable = index
+        record.applied = max(record.applied, index)
+
+    # --- lives ---
+
+    def started(self, node: int, entries: Iterable[Entry], hard: HardState, applied: int,
+                base: tuple[int, int], configuration: Configuration, own_ns: int) -> None:  # fmt: skip
+        """A life begins with what was found on the disk. All that was durable must be there.
+
+        `base` is (index, term) of the entry before `entries`."""
+        record = self.node(node)
+        if hard < record.hard_durable:
+            raise Violation("term-monotone", f"node {node} forgot {record.hard_durable}, it has {hard}")
+        if applied < record.state_durable:
+            raise Violation("state-durable", f"node {node} lost its state of {record.state_durable}")
+        before, durable = record.terms, record.durable
+        first, term = base
+        if before.get(first, term) != term and first <= max(durable, record.state_durable):
+            raise Violation("log-durable",
+                            f"node {node} has entry {first} of term {term}, not {before[first]}")  # fmt: skip
+        record.terms = {index: its for index, its in before.items() if index < first} | {first: term}
+        record.base = record.last = first
+        for entry in entries:
+            self._appended(node, record, entry)
+        if self._accepting == node:
+            self._forget_accepted(record.last)
+        if record.last < durable:
+            raise Violation("log-durable", f"node {node} lost entries {record.last + 1} to {durable}")
+        for index in range(first + 1, durable + 1):
+            if record.terms[index] != before.get(index):
+                raise Violation("log-durable", f"node {node} has another entry {index} than the durable one")
+        if applied > record.last:
+            raise Violation("applied-in-log", f"node {node}: state of {applied}, log up to {record.last}")
+        expected = self.configuration_at(applied)
+        if configuration != expected:
+            raise Violation("configuration-kept", f"node {node} starts at {applied} with {configuration}, "
+                                                  f"it was {expected}")  # fmt: skip
+        record.durable = record.covered = record.last
+        record.hard = record.hard_durable = record.hard_covered = hard
+        record.commit, record.applied, record.role = applied, applied, Role.FOLLOWER
+        record.voters = configuration
+        record.started_ns, record.heard_ns, record.heard_term = own_ns, 0, 0
+        record.committed_own_term = 0
+
+    def configuration_at(self, index: int) -> Configuration:
+        """As of that entry."""
+        return self.configurations[max(at for at in self.configurations if at <= index)]
+
+    # --- saying ---
+
+    def sent(self, node: int, message: Message) -> None:
+        """What `node` says is a promise: it must be true of its disk."""
+        kind = message.type
+        record = self.node(node)
+        if kind == MessageType.APP_RESP and not message.reject:
+            if message.index > max(record.durable, record.state_durable):
+                raise Violation("ack-durable", f"node {node} acknowledges {message.index}, "
+                                               f"durable is {record.durable}")  # fmt: skip
+        elif kind == MessageType.VOTE_RESP and not message.reject:
+            if record.hard_durable < (message.term, message.to):
+                raise Violation("vote-durable", f"node {node} votes for {message.to} in term {message.term}, "
+                                                f"durable is {record.hard_durable}")  # fmt: skip
+            self._vote(node, message.term, message.to)
+        elif kind == MessageType.PRE_VOTE_RESP and not message.reject:
+            self.pre_votes.setdefault((message.term, message.to), set()).add(node)
+
+    def grants(self, node: int, candidate: int, own_term: int, own_ns: int) -> None:
+        """`node`, in `own_term` until now, grants a vote or pre-vote that no leader asked for: no lease
+        may rest on it (Raft §6.4.1)."""
+        record = self.node(node)
+        since = own_ns - record.heard_ns
+        if record.heard_term == own_term and since < STICKY_NS:
+            raise Violation("stickiness", f"node {node} grants {candidate} a vote "
+                                          f"{since // MS} ms after it heard of its leader")  # fmt: skip
+        since = own_ns - record.started_ns
+        if since < STICKY_NS:
+            raise Violation("stickiness", f"node {node} grants {candidate} a vote "
+                                          f"{since // MS} ms after it started")  # fmt: skip
+
+    def received(self, node: int, message: Message, term: int, own_ns: int) -> None:
+        """`term` is that of the node after it took the message in."""
+        record = self.node(node)
+        if message.type == MessageType.TIMEOUT_NOW:
+            self.called.add((message.term, node))
+        elif message.term == term and message.type in _FROM_LEADER:
+            record.heard_ns, record.heard_term = own_ns, term
+
+    # --- roles, commits ---
+
+    def looked_at(self, node: int, role: Role, term: int, commit: int, configuration: Configuration) -> bool:
+        """What a node is after something happened to it; True if it has just become leader."""
+        record = self.node(node)
+        elected = False
+        if role is not record.role:
+            if role is Role.CANDIDATE or (role is Role.LEADER and record.role is not Role.CANDIDATE):
+                self._stands(node, term, configuration)
+            if role is Role.LEADER:
+                self._elected(node, record, term)
+                elected = True
+            record.role = role
+        if commit != record.commit:
+            self._commits(node, record, role, term, commit, configuration)
+        record.voters = configuration
+        return elected
+
+    def _stands(self, node: int, term: int, configuration: Configuration) -> None:
+        if (term - 1, node) in self.called:
+            return
+        for_it = self.pre_votes.get((term, node), set()) | {node}
+        if not majority(configuration, for_it):
+            raise Violation("pre-vote", f"node {node} stands for election in term {term}, "
+                                        f"for it were {sorted(for_it)}")  # fmt: skip
+
+    def _elected(self, node: int, record: NodeRecord, term: int) -> None:
+        other = self.leaders.setdefault(term, node)
+        if other != node:
+            raise Violation("one-leader-a-term", f"nodes {other} and {node} lead in term {term}")
+        last = self.commit
+        if last > record.base and record.terms.get(last) != self.committed[last]:
+            raise Violation("leader-completeness", f"leader {node} of term {term} lacks committed {last}")
+
+    def _commits(self, node: int, record: NodeRecord, role: Role, term: int, commit: int,
+                 configuration: Configuration) -> None:  # fmt: skip
+        if commit < record.commit:
+            raise Violation("commit-monotone", f"node {node} goes back from {record.commit} to {commit}")
+        for index in range(max(record.commit, record.base) + 1, commit + 1):
+            its = record.terms.get(index)
+            if its is None:
+                raise Violation("commit-in-log",
+                                f"node {node} commits {index}, its log ends with {record.last}")  # fmt: skip
+            known = self.committed.get(index)
+            if known is None:
+                self._newly_committed(index, its, record.voters, configuration)
+            elif known != its:
+                raise Violation("state-machine-safety", f"{index} is committed in terms {known} and {its}")
+        if role is Role.LEADER and record.terms.get(commit) != term:
+            raise Violation("commit-own-term", f"leader {node} of term {term} commits {commit} "
+                                               f"of term {record.terms.get(commit)} by counting")  # fmt: skip
+        record.commit = commit
+        record.committed_own_term = max(record.committed_own_term, record.terms.get(commit, 0))
+
+    def _newly_committed(self, index: int, term: int, *configurations: Configuration) -> None:
+        have = {one for one, record in self.nodes.items() if record.holds_durably(index, term)}
+        # The configuration may have changed in the very event in which this was committed.
+        if not any(majority(configuration, have) for configuration in configurations):
+            raise Violation("commit-durable", f"{index} is committed, on the disks of {sorted(have)} "
+                                              f"of {configurations[-1]}")  # fmt: skip
+        if index != self.commit + 1:
+            raise Violation("commit-contiguous", f"{index} is committed after {self.commit}")
+        self.committed[index] = term
+        self.commit = index
+
+    # --- applying ---
+
+    def applies(self, node: int, entry: Entry, effects: Sequence[Effect], *, accepted: bool = False) -> bool:
+        """`node` evaluated `entry`; True if it was the first one. `accepted`: alone, ahead of its disk."""
+        record = self.node(node)
+        index = entry.index
+        if index != record.applied + 1:
+            raise Violation("applied-in-order", f"node {node} applies {index} after {record.applied}")
+        if not accepted:
+            if self.committed.get(index) != entry.term:
+                raise Violation("applied-committed", f"node {node} applies {index} of term {entry.term}, "
+                                                     "which is not committed")  # fmt: skip
+            if index > max(record.durable, record.state_durable):
+                raise Violation("applied-durable",
+                                f"node {node} applies {index}, durable is {record.durable}")  # fmt: skip
+        else:
+            self._accepting = node
+        record.applied = index
+        digest = blake2b(b"%d %d " % (entry.term, entry.kind), digest_size=16)
+        digest.update(entry.data)
+        for key, row in effects:
+            digest.update(_row_hash(key, row))
+        known = self.applied.get(index)
+        if known is None:
+            self._first(index, digest.digest(), effects)
+            return True
+        if known != digest.digest():
+            raise Violation("state-machine-safety", f"node {node} does something else at {index}")
+        return False
+
+    def _first(self, index: int, digest: bytes, effects: Sequence[Effect]) -> None:
+        assert index == self.applied_index + 1
+        self.applied[index] = digest
+        self.applied_index = index
+        total = self._state_sums[-1]
+        replaced = []
+        for key, row in effects:
+            before = self._state.pop(key, 0)
+            replaced.append((key, before))
+            total -= before
+            if row is not None:
+                self._state[key] = after = int.from_bytes(_row_hash(key, row), "big")
+                total += after
+        self._state_sums.append(total)
+        self._undo.append(replaced)
+
+    def _forget_accepted(self, after: int) -> None:
+        """What the only voter had evaluated ahead of its disk, and lost with it."""
+        while self.applied_index > max(after, self.commit):
+            del self.applied[self.applied_index]
+            self.configurations.pop(self.applied_index, None)
+            self.applied_index -= 1
+            self._state_sums.pop()
+            for key, before in reversed(self._undo.pop()):
+                if before:
+                    self._state[key] = before
+                else:
+                    self._state.pop(key, None)
+
+    def check_state(self, node: int, state: State, index: int) -> None:
+        """A whole state, as it is found on a disk or in a snapshot, is what the log makes up to `index`."""
+        total = sum(int.from_bytes(_row_hash(key, row), "big") for key, row in state.items(b"", b""))
+        if total != self._state_sums[index]:
+            raise Violation("state-hash", f"node {node}: its state of {index} is not what the log says")
+
+    # --- clients ---
+
+    def answered(self, revision: int) -> None:
+        """A client was told of this revision."""
+        self.acknowledged = max(self.acknowledged, revision)
+
+    def may_read(self, node: int, revision: int, at_call: int, how: str) -> None:
+        """`node` answers a linearizable read at `revision`; `at_call` had been acknowledged before it."""
+        if revision < at_call:
+            raise Violation("stale-read", f"{how} at node {node} is answered as of {revision}; "
+                                          f"{at_call} had been acknowledged before")  # fmt: skip
+
+
+def _row_hash(key: bytes, row: Record | None) -> bytes:
+    packed = b"" if row is None else records.pack(row)
+    return blake2b(key + packed, digest_size=16, key=b"%d" % len(key)).digest()
+
+
+def majority(configuration: Configuration, nodes: Iterable[int]) -> bool:
+    """Whether `nodes` have a majority of each half. Written anew: what is checked must not check itself."""
+    some = set(nodes)
+    halves = [set(configuration.voters), set(configuration.outgoing)]
+    return all(2 * len(half & some) > len(half) for half in halves if half)

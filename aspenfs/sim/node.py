@@ -1,0 +1,611 @@
+"""One simulated machine and the process on it: the real log, state machine, replica and Raft core.
+
+Belongs here: what outlives a process (`Machine`), one life of it (`Process`), how it starts from its disk
+and how it ends. What a process does is told to the cluster's `Invariants` as it becomes true. Not here: who
+sends what where (`network.py`), who kills whom (`faults.py`), what clients want (`workload.py`).
+
+Every call into a process goes through `Process.do`, which stands for the loop of the real host: a process
+that is stopped does it later, one that is dead never. An exception that the real host would end the process
+for ends it here; one that nobody foresaw ends the simulation.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from aspenfs.cluster.messages import CAMPAIGN_TRANSFER, Message, MessageType
+from aspenfs.cluster.types import Configuration, Entry, EntryKind, HardState, Role, Snapshot
+from aspenfs.errors import AspenError, Corrupt, NoSpace, StorageError
+from aspenfs.kv import commands
+from aspenfs.kv.commands import Command
+from aspenfs.kv.engine import Engine
+from aspenfs.kv.state import Effect
+from aspenfs.kv.types import Event
+from aspenfs.limits import TICK_MS
+from aspenfs.runtime.applier import Applier
+from aspenfs.runtime.consensus import (
+    META_CONFIGURATION,
+    META_TERM,
+    Consensus,
+    decode_configuration,
+    encode_configuration,
+)
+from aspenfs.runtime.syncer import Syncer
+from aspenfs.runtime.wal import Wal
+from aspenfs.runtime.wal_recovery import SPARE
+from aspenfs.sim.clock import SimClock
+from aspenfs.sim.disk import SimDisk, SimulatedCrash
+from aspenfs.sim.invariants import Violation
+from aspenfs.sim.scheduler import MS, SECOND, Streams
+from aspenfs.sim.state import Image, SimState
+from aspenfs.sim.threads import Signal, SyncThread, Task
+
+if TYPE_CHECKING:
+    from aspenfs.sim.cluster import Cluster
+
+CLUSTER_ID: Final = bytes(range(16))
+_IDLE_TICK_NS: Final = 250 * MS  # of a node alone, as `runtime/consensus.py`
+
+Look = Callable[[Engine], Any]
+
+
+class Machine:
+    """What outlives a process: disk, state, clock, and how often a process began here."""
+
+    def __init__(self, cluster: "Cluster", node: int, streams: Streams, genesis: Configuration) -> None:
+        self.cluster, self.node = cluster, node
+        self.rng = streams.stream("machine")
+        self.clock = SimClock(cluster.scheduler, boot_ns=self.rng.randrange(1_000 * SECOND),
+                              wall_offset_ns=self.rng.randrange(-2 * SECOND, 2 * SECOND))  # fmt: skip
+        self.disk = SimDisk(self.rng.getrandbits(32))
+        self.disk.gate = self._gate
+        self.state = SimState()
+        self.state.apply([], 0, meta_of(0, genesis))
+        self.state.sync()
+        self.incarnation = 0
+        self.reset_at: int | None = None  # a snapshot has taken the state's place, the log must follow
+        self.thread = SyncThread()
+        self.process: Process | None = None
+        # Faults that wait for their moment:
+        self.crash_in: int | None = None  # effects until the process is torn out of one
+        self.power = True  # whether it takes the power with it
+        self.stall_until_ns = 0  # syncs end after it
+        self.flipped = False  # a bit of its disk is not what was written
+        self.gone = ""  # why it never comes back
+
+    def _gate(self, name: str) -> None:
+        if name != SPARE:  # the log prepares its next segment inside a lock: that takes no time here
+            self.thread.gate()
+
+    @property
+    def up(self) -> bool:
+        return self.process is not None
+
+    def start(self) -> None:
+        """A process begins, unless one is there or the machine is gone."""
+        if self.process is not None or self.gone:
+            return
+        self.disk.restart()
+        self.incarnation += 1
+        try:
+            process = Process(self)
+        except SimulatedCrash:
+            self._cannot_start(self.power, "it went down again")
+        except Corrupt as error:
+            if not self.flipped:
+                raise Violation("start", f"node {self.node} does not start: {error}") from error
+            self.lose(f"refuses a damaged disk: {error}")
+        except (StorageError, NoSpace) as error:
+            self._cannot_start(power=False, why=str(error))
+        else:
+            self.process = process
+            self.cluster.trace(f"node {self.node} starts, life {self.incarnation}, {process.described()}")
+            process.begin()
+
+    def _cannot_start(self, power: bool, why: str) -> None:
+        self.cluster.trace(f"node {self.node} cannot start: {why}")
+        self._went_down(power)
+        self.cluster.went_down(self)
+
+    def down(self, power: bool) -> None:
+        """The process ends in the middle of whatever it does; `power`: the machine with it."""
+        process, self.process = self.process, None
+        if process is not None:
+            self.cluster.trace(f"node {self.node} goes down, power={power}, {process.described()}")
+            process.alive = False
+        self._went_down(power)
+        if process is not None:
+            process.over()
+            self.cluster.went_down(self)
+
+    def _went_down(self, power: bool) -> None:
+        if power:
+            self.disk.crash()
+            self.state.lose_power(self.rng)
+            self.cluster.invariants.state_synced(self.node, self.state.durable_index)
+        else:
+            self.disk.kill()
+        while self.thread.busy:  # its disk call fails now
+            self.thread.go_on()
+        self.crash_in = None
+        self.disk.heal()
+
+    def lose(self, why: str) -> None:
+        """The machine and its disk never come back."""
+        if self.process is not None:
+            self.down(power=True)
+        self.gone = why
+        self.cluster.trace(f"node {self.node} is gone: {why}")
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.down(power=False)
+        self.thread.close()
+
+
+class _Backlog:
+    """Stands for the applier of the host: what was evaluated and is not yet in the state."""
+
+    def __init__(self) -> None:
+        self.effects: Sequence[Effect] = ()
+
+    def add(self, index: int, effects: Sequence[Effect]) -> None:
+        self.effects = effects
+
+
+class Process(Consensus):
+    """One life of a node: `runtime.consensus.Consensus` over simulated disk, network and time."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine, self.cluster, self.node = machine, machine.cluster, machine.node
+        self.invariants, self.scheduler = self.cluster.invariants, self.cluster.scheduler
+        self.settings = self.cluster.settings
+        self.alive, self.paused = True, False
+        self._deferred: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+        self._sync_number = 0  # of the sync under way: what comes late from an earlier one is ignored
+        self._sync_again = False
+        self._events: Sequence[Event] = ()  # of the entry that was evaluated last
+        self._when_committed: list[tuple[int, Callable[[], object]]] = []
+        self.deaths: list[Callable[[], object]] = []  # called when the process ends
+        self.tasks: list[Task] = []
+        self.backlog = _Backlog()
+        state = machine.state
+        wal = Wal.open(machine.disk, "wal", CLUSTER_ID, segment_bytes=self.settings.segment_bytes,
+                       background=False)  # fmt: skip
+        if machine.reset_at is not None:
+            self._reset_log(wal, machine.reset_at)
+        applied = state.applied_index
+        if not wal.first_index - 1 <= applied <= wal.last_index:
+            cause = f"the log has {wal.first_index} to {wal.last_index}, the state is at {applied}"
+            raise Corrupt("wal", 0, cause, "see runtime/recovery.py")
+        entries = [Entry(one.term, one.index, one.kind, one.payload) for one in wal.replay(wal.first_index)]
+        hard = hard_state_of(wal)
+        configuration = configuration_of(state)
+        engine = Engine(state, machine.clock, _Entropy(machine), Signal, index=applied)
+        engine.observe(self._changed)
+        # Of what is trimmed, the log does not tell the term: begin with an entry that is there.
+        if entries and entries[0].index <= applied:
+            base = entries.pop(0)
+            base_index, base_term = base.index, base.term
+        else:
+            base_index, base_term = applied, term_of(state)
+        terms = [(base_index, base_term), *((entry.index, entry.term) for entry in entries)]
+        super().__init__(wal, engine, cast(Applier, self.backlog), cast(Syncer, self), self._stops,
+                         terms, configuration)  # fmt: skip
+        self.run_inline = False
+        self.snapshot_wanted = self._fetch
+        self.engine, self.wal = engine, wal
+        self.invariants.started(self.node, entries, hard, applied, (base_index, base_term), configuration,
+                                machine.clock.monotonic_ns())  # fmt: skip
+        self.invariants.check_state(self.node, state, applied)
+        self.raft = self.settings.make_raft(
+            self.node, configuration, hard_state=hard, entries=entries, base_index=base_index,
+            base_term=base_term, applied=applied, random=machine.rng.randrange,
+            fresh=machine.incarnation == 1)  # fmt: skip
+        self.replica = self.settings.make_replica(
+            self.raft, self, machine.clock.monotonic_ns, incarnation=machine.incarnation,
+            proposal_timeout_ms=self.settings.proposal_timeout_ms)  # fmt: skip
+
+    def begin(self) -> None:
+        self._plan_tick()
+        self._plan_flush()
+
+    def described(self) -> str:
+        raft = self.raft
+        return (f"term={raft.term} {raft.role.name} log={raft.last_index} commit={raft.commit} "
+                f"revision={self.engine.revision} state={self.machine.state.applied_index}")  # fmt: skip
+
+    # --- the loop ---
+
+    def do(self, action: Callable[..., object], *arguments: Any) -> None:
+        """`action` in this process, now or when it goes on."""
+        if not self.alive:
+            return
+        if self.paused:
+            self._deferred.append((action, arguments))
+            return
+        try:
+            action(*arguments)
+            if self.alive:
+                self.look()
+        except SimulatedCrash:
+            self.machine.down(self.machine.power)
+        except StorageError as error:
+            self._stops(error)
+        except (Violation, AssertionError):
+            raise
+        except AspenError as error:
+            raise Violation("refused", f"node {self.node} refuses what was sent or done: {error}") from error
+
+    def _stops(self, error: BaseException) -> None:
+        """What the real host ends the process for."""
+        if not isinstance(error, StorageError):
+            raise error
+        self.cluster.trace(f"node {self.node} stops: {error}")
+        self.machine.down(power=False)
+
+    def over(self) -> None:
+        """The process has ended: whoever waits for it gets no answer any more."""
+        for task in self.tasks:
+            task.cancel()
+        deaths, self.deaths = self.deaths, []
+        for tell in deaths:
+            tell()
+
+    def pause(self) -> None:
+        self.paused = True
+
+    def resume(self) -> None:
+        """Goes on; what came meanwhile is done in order, and one tick in the place of many."""
+        if not self.alive or not self.paused:
+            return
+        self.paused = False
+        deferred, self._deferred = self._deferred, deque()
+        for action, arguments in deferred:
+            self.do(action, *arguments)
+
+    def look(self) -> None:
+        """Tells what the core is now."""
+        raft = self.raft
+        if self.invariants.looked_at(self.node, raft.role, raft.term, raft.commit, raft.configuration):
+            self.cluster.elected(self)
+
+    def _plan_tick(self) -> None:
+        own = _IDLE_TICK_NS if self.replica.alone else TICK_MS * MS
+        late = self.machine.rng.randrange(2 * MS)
+        self.scheduler.after(self.machine.clock.virtual_ns(own) + late, self._tick_due, "tick")
+
+    def _tick_due(self) -> None:
+        if self.paused:
+            # A timer of a stopped process is looked at when the process goes on.
+            if all(one != self._tick_when_resumed for one, _ in self._deferred):
+                self._deferred.append((self._tick_when_resumed, ()))
+            return
+        self._tick_when_resumed()
+
+    def _tick_when_resumed(self) -> None:
+        if not self.alive:
+            return
+        self.do(self._ticked)
+        if self.alive:
+            self._plan_tick()
+
+    def _ticked(self) -> None:
+        if not self.replica.alone:
+            self.replica.tick()
+
+    def deliver(self, sender: int, message: Message) -> None:
+        self.do(self._take, message)
+
+    def _take(self, message: Message) -> None:
+        raft = self.raft
+        term, vote = raft.term, raft._vote
+        self.replica.receive(message)
+        own_ns = self.machine.clock.monotonic_ns()
+        self.invariants.received(self.node, message, raft.term, own_ns)
+        if message.type == MessageType.VOTE and message.context != CAMPAIGN_TRANSFER:
+            voted = (raft.term, raft._vote)
+            if voted == (message.term, message.sender) and voted != (term, vote) and not self._only_voter():
+                self.invariants.grants(self.node, message.sender, term, own_ns)
+        if raft.role is Role.LEADER:  # a follower has not yet written what it was just told is committed
+            self.look()
+        self.replica.pump()
+
+    def _only_voter(self) -> bool:
+        return self.raft.configuration.voters == (self.node,) and not self.raft.configuration.outgoing
+
+    # --- Owner: each of these is an effect, and the process may end in any of them ---
+
+    def _effect(self) -> None:
+        machine = self.machine
+        if machine.crash_in is not None:
+            machine.crash_in -= 1
+            if machine.crash_in <= 0:
+                raise SimulatedCrash
+
+    def write(
+        self, truncate_after: int | None, entries: Sequence[Entry], hard_state: HardState | None
+    ) -> int:
+        self._effect()
+        last = self.wal.last_index
+        try:
+            ticket = super().write(truncate_after, entries, hard_state)
+        except NoSpace:
+            if self.wal.last_index < last:
+                self.invariants.wrote(self.node, truncate_after, (), None, self.raft.role)
+            raise
+        self.invariants.wrote(self.node, truncate_after, entries, hard_state, self.raft.role)
+        self._effect()
+        return ticket
+
+    def request(self) -> None:
+        """As `Syncer.request`."""
+        if self.machine.thread.busy:
+            self._sync_again = True
+        else:
+            self._sync_again = False
+            self._sync_number += 1
+            self.invariants.sync_started(self.node)
+            self.machine.thread.begin(self.wal.sync)
+            self._sync_goes_on(self._sync_number, self.ticket)
+
+    def _sync_goes_on(self, number: int, ticket: int) -> None:
+        machine = self.machine
+        if machine.thread.busy:
+            due = max(self.scheduler.now_ns + self.cluster.sync_ns(), machine.stall_until_ns)
+            self.scheduler.at(due, lambda: self._platters_done(number, ticket), "disk")
+        else:
+            self.scheduler.after(0, lambda: self.do(self._sync_ended, number, ticket), "synced")
+
+    def _platters_done(self, number: int, ticket: int) -> None:
+        if self.alive and number == self._sync_number:
+            self.machine.thread.go_on()
+            self._sync_goes_on(number, ticket)
+
+    def _sync_ended(self, number: int, ticket: int) -> None:
+        if number != self._sync_number:
+            return
+        index = self.machine.thread.result()
+        self._sync_number += 1
+        self.invariants.sync_ended(self.node)
+        self.replica.synced(ticket, index)
+        if self._sync_again:
+            self.request()
+
+    def send(self, to: int, message: Message) -> None:
+        self._effect()
+        own_ns = self.machine.clock.monotonic_ns()
+        if message.commit > self.invariants.node(self.node).commit:
+            self.look()
+        if message.type == MessageType.PRE_VOTE_RESP and not message.reject and not self._only_voter():
+            self.invariants.grants(self.node, to, self.raft.term, own_ns)
+        self.invariants.sent(self.node, message)
+        self.cluster.network.send(self.node, to, message)
+
+    def apply(self, entry: Entry, context: object) -> object:
+        self._effect()
+        self.look()
+        result = super().apply(entry, context)
+        if self.invariants.applies(self.node, entry, self.backlog.effects):
+            self.cluster.first_applied(entry, self._events)
+        self._events = ()
+        return result
+
+    def _changed(self, index: int, events: Sequence[Event], origin: object) -> None:
+        self._events = events
+
+    def apply_configuration(self, entry: Entry, configuration: Configuration) -> None:
+        self._effect()
+        self.look()
+        super().apply_configuration(entry, configuration)
+        if self.invariants.applies(self.node, entry, ()):
+            self.invariants.configurations[entry.index] = configuration
+            self.cluster.first_applied(entry, ())
+        elif self.invariants.configurations[entry.index] != configuration:
+            raise Violation("state-machine-safety", f"node {self.node}: {configuration} at {entry.index}")
+
+    def committed(self, index: int) -> None:
+        self._effect()
+        super().committed(index)
+        self._tell_committed()
+
+    def _tell_committed(self) -> None:
+        committed = self.engine.committed_revision
+        due = [call for index, call in self._when_committed if index <= committed]
+        self._when_committed = [one for one in self._when_committed if one[0] > committed]
+        for call in due:
+            call()
+
+    # --- what the host does for clients ---
+
+    def when_committed(self, index: int, call: Callable[[], object]) -> None:
+        if index <= self.engine.committed_revision:
+            call()
+        else:
+            self._when_committed.append((index, call))
+
+    def submit(self, command: Command, done: Callable[[object], object]) -> None:
+        """`done` gets the result once it is committed and applied here, or an AspenError."""
+        encoded = commands.encode(command)
+        if self.replica.alone:
+            self._accept_alone(command, encoded, done)
+        else:
+            self.replica.propose(encoded, (command, None), done, repeatable=command.dedup is not None)
+            self.replica.pump()
+
+    def _accept_alone(self, command: Command, encoded: bytes, done: Callable[[object], object]) -> None:
+        """As `NodeStore.txn` on a node that is alone: evaluated, logged, visible; then durable."""
+        index, outcome = self.engine.prepare(command)
+        if isinstance(outcome.result, AspenError):
+            done(outcome.result)
+            return
+        term, kind = self.raft.term, int(EntryKind.NORMAL)
+        entry = Entry(term, index, kind, encoded)
+        try:
+            self.wal.append(kind, term, index, encoded)
+        except NoSpace as error:
+            done(error)
+            return
+        self.invariants.wrote(self.node, None, [entry], None, self.raft.role)
+        self.note_term(index, term)
+        self.engine.accept(index, outcome)
+        self.replica.accept(kind, encoded)
+        if self.invariants.applies(self.node, entry, outcome.effects, accepted=True):
+            self.cluster.first_applied(entry, self._events)
+        self._events = ()
+        self.request()
+        self.when_committed(index, lambda: done(outcome.result))
+
+    def read(self, look: Look, done: Callable[[Any, int], object], failed: Callable[[], object]) -> None:
+        """`look` at a state that has all that was committed before the call; `done` gets what it saw and
+        the revision of it, `failed` nothing, when there is no quorum."""
+        at_call = self.invariants.acknowledged
+
+        def answer(how: str, seen: Any, revision: int) -> None:
+            self.invariants.may_read(self.node, revision, at_call, how)
+            self.when_committed(revision, lambda: done(seen, revision))
+
+        def indexed(result: object) -> None:
+            if isinstance(result, AspenError):
+                failed()
+            else:
+                answer("a read", look(self.engine), self.engine.revision)
+
+        def again(seen: Any, revision: int) -> None:
+            # The process may have stood still since: the lease must hold after the state was read.
+            if self.replica.read_now():
+                answer("a read under lease", seen, revision)
+            else:
+                ask()
+
+        def ask() -> None:
+            self.replica.read(indexed)
+            self.replica.pump()
+
+        if self.replica.read_now():
+            seen, revision = look(self.engine), self.engine.revision
+            delay = self.machine.rng.choice((0, 0, self.machine.rng.randrange(5 * MS)))
+            self.scheduler.after(delay, lambda: self.do(again, seen, revision), "read")
+        else:
+            ask()
+
+    # --- the state behind the log ---
+
+    def _plan_flush(self) -> None:
+        self.scheduler.after(self.cluster.flush_ns(), lambda: self._flush_due(), "flush")
+
+    def _flush_due(self) -> None:
+        if self.alive:
+            if not self.paused:
+                self.do(self._flush)
+            self._plan_flush()
+
+    def _flush(self) -> None:
+        """As applier and host: committed effects into the state, the log trimmed behind what is durable."""
+        machine, state, engine = self.machine, self.machine.state, self.engine
+        upto = engine.committed_revision
+        if upto > state.applied_index:
+            self._effect()
+            state.apply(engine.overlay.pending(upto), upto, self.meta_at(upto))
+            engine.overlay.settle(upto)
+        elif state.durable_index < upto or machine.rng.random() < 0.3:
+            state.sync()
+        durable = state.durable_index
+        self.invariants.state_synced(self.node, durable)
+        self._effect()
+        if durable:
+            self.state_is_at(durable)
+            self.wal.trim(durable + 1)
+            keep = self.settings.keep_entries
+            if durable - keep > self.raft.log.compacted:
+                self.raft.compact(durable - keep)
+
+    # --- snapshots ---
+
+    def _fetch(self, snapshot: Snapshot, leader: int) -> None:
+        delay = self.cluster.transfer_ns() // 4
+        self.scheduler.after(delay, lambda: self.do(self._fetch_open, snapshot, leader), "snapshot")
+
+    def _fetch_open(self, snapshot: Snapshot, leader: int) -> None:
+        source = self.cluster.source(leader, self.node)
+        if source is None or source.machine.state.applied_index < snapshot.index:
+            self._fetch_failed()
+            return
+        image = source.machine.state.image()
+        self.scheduler.after(self.cluster.transfer_ns(),
+                             lambda: self.do(self._fetched, image, source), "snapshot")  # fmt: skip
+
+    def _fetched(self, image: Image, source: "Process") -> None:
+        if self.cluster.source(source.node, self.node) is source:
+            self._install(image)
+        else:
+            self._fetch_failed()
+
+    def _fetch_failed(self) -> None:
+        self.replica.snapshot_failed()
+        self.replica.pump()
+
+    def _install(self, image: Image) -> None:
+        """The state is replaced in one durable step, then the log; a start in between finishes it."""
+        machine = self.machine
+        index, term = image.applied_index, int.from_bytes(image.meta[META_TERM], "big")
+        if index <= self.engine.revision:
+            self._fetch_failed()
+            return
+        self._sync_number += 1
+        while machine.thread.busy:  # a sync under way ends first; the one below covers it
+            machine.thread.go_on()
+        self._effect()
+        machine.state.become(image)
+        machine.reset_at = index
+        self.invariants.check_state(self.node, machine.state, index)
+        self.invariants.state_synced(self.node, index)
+        self._effect()
+        self._reset_log(self.wal, index)
+        self.invariants.snapshot_installed(self.node, index, term)
+        self._effect()
+        self.engine.rebase(index)
+        snapshot = Snapshot(index, term, configuration_of(machine.state))
+        self.rebase(snapshot)
+        self.cluster.trace(f"node {self.node} installs a snapshot of {index}")
+        self.replica.snapshot_installed(snapshot)
+        self._tell_committed()
+        self.request()  # what waited for the sync under way waits for this one
+
+    def _reset_log(self, wal: Wal, index: int) -> None:
+        if (wal.first_index, wal.last_index) != (index + 1, index):
+            wal.reset(index)
+        self.invariants.sync_started(self.node)
+        wal.sync()
+        self.invariants.sync_ended(self.node)
+        self.machine.reset_at = None
+
+
+class _Entropy:
+    def __init__(self, machine: Machine) -> None:
+        self._rng = machine.rng
+
+    def random_bytes(self, size: int) -> bytes:
+        return self._rng.randbytes(size)
+
+
+# --- what the disk says ---
+
+
+def hard_state_of(wal: Wal) -> HardState:
+    found = wal.hard_state
+    return HardState(found[0], int.from_bytes(found[1], "little")) if found else HardState(0, 0)
+
+
+def meta_of(term: int, configuration: Configuration) -> dict[str, bytes]:
+    return {META_TERM: term.to_bytes(8, "big"), META_CONFIGURATION: encode_configuration(configuration)}
+
+
+def term_of(state: SimState) -> int:
+    return int.from_bytes(state.meta(META_TERM) or b"", "big")
+
+
+def configuration_of(state: SimState) -> Configuration:
+    packed = state.meta(META_CONFIGURATION)
+    assert packed is not None
+    return decode_configuration(packed)
