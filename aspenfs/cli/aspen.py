@@ -17,11 +17,17 @@ from aspenfs.cli.paths import StateDirectory, state_directory
 
 # name -> (module, attribute, what `aspen --help` says); a new command is one line here
 COMMANDS: dict[str, tuple[str, str, str]] = {
+    "ca": ("aspenfs.cli.authority", "ca", "The cluster's certificate authority: rotate."),
     "check": ("aspenfs.cli.check", "check", "Verify every row and every byte; repair offline."),
     "completion": ("aspenfs.cli.completion", "completion", "Print the completion script of a shell."),
+    "init": ("aspenfs.cli.init", "init", "Make a new cluster of one node, and mount it."),
+    "join": ("aspenfs.cli.join", "join", "Make this host a member of a cluster, and mount it."),
     "kv": ("aspenfs.cli.kv", "kv", "Keys: get, put, delete, cas, ls, txn, watch, lease."),
+    "leader": ("aspenfs.cli.leader", "leader", "Who leads: transfer."),
+    "member": ("aspenfs.cli.member", "member", "Who belongs to it: list, promote, demote, remove."),
     "sync": ("aspenfs.cli.sync", "sync", "Wait until everything written survives a loss of power."),
     "status": ("aspenfs.cli.status", "status", "Is it healthy, and if not, what to do."),
+    "ticket": ("aspenfs.cli.ticket", "ticket", "What lets a new node in: create, list, revoke."),
 }
 
 
@@ -76,6 +82,8 @@ def _release(ctx: click.Context, param: click.Parameter, asked: bool) -> None:
 
 _EPILOG = f"""\b
 Try:
+  aspen init demo /mnt/aspen          a new cluster, on this host
+  aspen ticket create                 prints what to run on the next one
   aspen status
   aspen kv put app/db/host db1.example.net
   aspen kv get app/db/host

@@ -103,6 +103,17 @@ class Client:
             except _Lost:
                 self._reconnect(deadline)
 
+    def follow(self, method: str, item: Callable[[Any], object], **params: Any) -> Any:
+        """The result; `item` gets what comes before it, as it comes. Sent once: Unreachable if it is lost."""
+        exchange = self._exchange(method, params)
+        try:
+            while True:
+                item(next(exchange))
+        except StopIteration as stop:
+            return stop.value
+        except _Lost:
+            raise errors.Unreachable("the daemon went away before it answered: ask again") from None
+
     def write(self, method: str, **params: Any) -> Answer:
         """As `call`, for what changes keys: however often it is sent, it is applied once."""
         return self.call(method, sequence=next(self._sequences), **params)

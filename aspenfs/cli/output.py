@@ -36,6 +36,7 @@ _ADVICE: Mapping[type[errors.AspenError], str] = {
     errors.LeaseNotFound: "`aspen kv lease list` shows those there are; one that ended took its keys",
     errors.Compacted: "older history is not kept: ask for a newer revision, or for none",
     errors.FutureRevision: "leave --revision away to read what is newest",
+    errors.NoQuorum: "`aspen status` shows which voters are missing",
     errors.NoSpace: "free some space where the state directory is; writes work again at once",
     errors.TxnTooLarge: "make several smaller transactions of it",
     errors.Overloaded: "try again in a moment",
@@ -123,6 +124,14 @@ def utc(time_ns: int) -> str:
 def local_time(time_ns: int) -> str:
     """To the second, in the local time zone: for people."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_ns // 1_000_000_000))
+
+
+def span(seconds: int) -> str:
+    """A duration as people say it: two units would be one too many."""
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"
 
 
 def to_json(value: Any) -> str:

@@ -77,8 +77,8 @@ def host_name() -> str:
 
 def check_name(name: str) -> str:
     """InvalidArgument for what cannot be a node's name. Digits alone would be taken for an id."""
-    if not 1 <= len(name.encode()) <= NODE_NAME_BYTES_MAX or not name.isprintable() or " " in name:
-        raise InvalidArgument(f"node name {name!r}: 1 to {NODE_NAME_BYTES_MAX} bytes without spaces")
+    if not 1 <= len(name.encode()) <= NODE_NAME_BYTES_MAX or not name.isprintable() or {*"/ ,"} & {*name}:
+        raise InvalidArgument(f"node name {name!r}: 1 to {NODE_NAME_BYTES_MAX} bytes without / , or space")
     if name.isdigit():
         raise InvalidArgument(f"node name {name!r}: a name of digits alone looks like an id")
     return name

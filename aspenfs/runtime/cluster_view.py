@@ -1,0 +1,117 @@
+"""The cluster as one node sees it, in plain values: its members, and what is wrong with them.
+
+Belongs here: what `aspen status`, `aspen member list` and `cluster/` tell alike. Not here: rows and changes
+(`members.py`), figures of this node alone (`store_status.py`), words on a terminal (`cli/`).
+"""
+
+from collections.abc import Mapping, Sequence, Set
+from typing import Any, Final, NamedTuple
+
+from aspenfs.cluster.types import Configuration
+from aspenfs.runtime.lags import Lags
+from aspenfs.runtime.members import Members
+from aspenfs.runtime.peers.network import PeerNetwork
+
+_NS_PER_S: Final = 1_000_000_000
+_DAY_S: Final = 86_400
+_EXPIRY_WARNING_S: Final = 30 * _DAY_S  # a certificate is renewed when 120 days are left: something is wrong
+
+_REMOVED: Final = "unmount it and empty its state directory; aspen join makes it a new member"
+_NO_QUORUM: Final = (
+    "start them again, or mend the network: until then writes fail after a while, and only mounts with "
+    "-o consistency=stale can read; if they are lost for good, see aspen recover --help"
+)
+_NO_LEADER: Final = (
+    "an election takes a second or two; if it stays so, the voters do not reach each other: look at "
+    "aspen status on each of them"
+)
+_LOST: Final = "start it again, or mend the network; if it is lost for good"
+_RENEWAL: Final = "it is renewed by itself while a voter is connected: daemon.log says why it was not"
+
+Row = Mapping[str, Any]
+
+
+class Problem(NamedTuple):
+    cause: str
+    advice: str
+
+
+def name_of(members: Members, node: int) -> str:
+    member = members.table().get(node)
+    return member.name if member is not None else f"node {node}"
+
+
+def member_rows(members: Members, lags: Lags, network: PeerNetwork | None, own: int) -> list[dict[str, Any]]:
+    """Who belongs to the cluster, as this node knows it, as plain values.
+
+    `role`: leader, voter, learner, none. `state`: here, connected, unreachable (then `since_ns` and `cause`
+    say more), joining or removed. `lag`: entries behind the leader, None if nobody knows.
+    """
+    table = members.table()
+    configuration = members.configuration
+    nodes = {node for part in configuration[:4] for node in part} | set(table)
+    connected = network.connected() if network is not None else frozenset()
+    rows = []
+    for node in sorted(nodes):
+        member = table.get(node)
+        row: dict[str, Any] = {
+            "id": node, "name": name_of(members, node), "role": members.role(node), "state": "unreachable",
+            "lag": lags.of(node), "addresses": list(member.addresses if member is not None else ()),
+            "since_ns": None, "cause": "",
+        }  # fmt: skip
+        if node == own:
+            row["state"] = "here"
+        elif member is not None and member.state == "removed":
+            row["state"] = "removed"
+        elif node in connected:
+            row["state"] = "connected"
+        elif network is not None and (error := network.peer_error(node)) is not None:
+            row["since_ns"], row["cause"] = error.since_ns, error.cause
+        rows.append(row)
+    return rows
+
+
+class Quorum(NamedTuple):
+    """Whether writes can go on, as far as this node sees."""
+
+    voters: int
+    lost: tuple[int, ...]  # voters that this node does not reach
+    held: bool  # a majority of each half of the configuration is reached
+
+
+def quorum(configuration: Configuration, reached: Set[int]) -> Quorum:
+    """`reached` includes this node itself."""
+    voters = set(configuration.voters) | set(configuration.outgoing)
+    halves = [half for half in (configuration.voters, configuration.outgoing) if half]
+    held = all(2 * len(reached & set(half)) > len(half) for half in halves)
+    return Quorum(len(voters), tuple(sorted(voters - reached)), held)
+
+
+def problems(rows: Sequence[Row], configuration: Configuration, leader: int, own: int) -> list[Problem]:
+    """What is wrong with the members, the worst first. Empty for a node alone."""
+    by_node = {row["id"]: row for row in rows}
+    own_row = by_node.get(own, {})
+    if own_row.get("state") == "removed":
+        return [Problem("this node was removed from the cluster", _REMOVED)]
+    reached = {row["id"] for row in rows if row["state"] in ("here", "connected")}
+    found = quorum(configuration, reached)
+    names = [str(by_node[node]["name"]) if node in by_node else f"node {node}" for node in found.lost]
+    lost = f"{len(names)} of {found.voters} voters unreachable: {', '.join(names)}"
+    if not found.held:
+        return [Problem(f"no quorum: {lost}", _NO_QUORUM)]
+    told = []
+    if not leader:
+        told.append(Problem("no leader", _NO_LEADER))
+    if names:
+        advice = f"{_LOST}: aspen member remove {names[0]}, then join another one"
+        told.append(Problem(f"{lost}; writes go on", advice))
+    return told
+
+
+def certificate_problem(expires_ns: int, now_ns: int) -> Problem | None:
+    """`expires_ns`: of this node's certificate."""
+    left_s = (expires_ns - now_ns) / _NS_PER_S
+    if left_s > _EXPIRY_WARNING_S:
+        return None
+    when = f"expires in {max(1, round(left_s / _DAY_S))} days" if left_s > 0 else "has expired"
+    return Problem(f"the certificate of this node {when}", _RENEWAL)
