@@ -36,7 +36,14 @@ from aspenfs.kv.engine import Engine
 from aspenfs.kv.state import Outcome
 from aspenfs.kv.store import Dedup, Observer
 from aspenfs.kv.types import Batch, Compare, Operation, Record, TxnResult
-from aspenfs.limits import MIB, OVERLAY_BYTES_MAX, PROPOSAL_TIMEOUT_MS, PROPOSALS_BYTES_MAX, SYNC_INTERVAL_MS, WAL_SEGMENT_BYTES
+from aspenfs.limits import (
+    MIB,
+    OVERLAY_BYTES_MAX,
+    PROPOSAL_TIMEOUT_MS,
+    PROPOSALS_BYTES_MAX,
+    SYNC_INTERVAL_MS,
+    WAL_SEGMENT_BYTES,
+)
 from aspenfs.runtime import identity, recovery, store_status
 from aspenfs.runtime.applier import Applier
 from aspenfs.runtime.consensus import META_CONFIGURATION, META_TERM, Consensus, decode_configuration
@@ -54,6 +61,7 @@ logger = logging.getLogger(__name__)
 
 STATE_DIRECTORY = "state"
 
+FOUNDER = 1  # id of the node that made the cluster: identity.create
 _ENTRY = int(Kind.ENTRY)
 _HURRY_BYTES = 8 * MIB  # logged, or in the overlay: sync and apply now, not at the next interval
 _SWITCH_INTERVAL_SECONDS = 0.0005  # how long a thread of ours may keep the loop from running
@@ -130,7 +138,8 @@ class NodeStore:
         """Brings engine and replica to where the log and the state are; the entries evaluated."""
         wal, state, node = self._wal, self._state, self.identity.node_id
         stored = state.meta(META_CONFIGURATION)
-        configuration = Configuration((node,)) if stored is None else decode_configuration(stored)
+        # A log that is read from its beginning starts with its founder alone, on whatever node.
+        configuration = Configuration((FOUNDER,)) if stored is None else decode_configuration(stored)
         applied = state.applied_index
         term = state.meta(META_TERM)
         terms = [(applied, int.from_bytes(term, "big") if term is not None else min(1, applied))]

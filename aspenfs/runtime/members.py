@@ -218,7 +218,7 @@ class Members:
                 if raft.term != term and consensus.revision < index:
                     raise errors.NotLeader("leadership changed meanwhile: look at `aspen member list`")
             return
-        raise errors.NoQuorum("the change of members has no majority yet: `aspen status` shows who is missing")
+        raise errors.NoQuorum("the change of members has no majority yet: `aspen status` says why")
 
     # --- changing: from anywhere ---
 
@@ -231,7 +231,7 @@ class Members:
                 return
             except errors.NotLeader as error:
                 if not error.leader:
-                    raise errors.NoQuorum("there is no leader now: `aspen status` shows who is missing") from None
+                    raise errors.NoQuorum("there is no leader now: `aspen status` says why") from None
                 if self.requests is not None and error.leader != self._consensus.replica.raft.node_id:
                     await self.requests.request(NodeId(error.leader), CHANGE, [act, node],
                                                 timeout_s=2 * PROPOSAL_TIMEOUT_MS / 1000)  # fmt: skip
@@ -252,7 +252,7 @@ class Members:
 
     def _caught_up(self, node: int) -> bool:
         raft = self._consensus.replica.raft
-        progress = raft.progress_of(node)
+        progress = raft.progress().get(node)
         return progress is not None and progress.match + LEARNER_LAG_MAX >= raft.last_index
 
     async def run(self) -> None:

@@ -1,0 +1,160 @@
+"""NodeStores that are replicas of each other: agreement, forwarding, reads, leaders that go."""
+
+from pathlib import Path
+
+import pytest
+import trio
+
+from aspenfs import errors
+from aspenfs.cluster.membership import ChangeKind
+from aspenfs.kv.types import absent, append, merge, put
+from aspenfs.runtime.host import NodeStore
+from tests.runtime.host_driver import hash_of
+from tests.runtime.store_cluster import store_cluster, until
+
+
+def followers(cluster: object) -> list[NodeStore]:
+    leader = cluster.leader()  # type: ignore[attr-defined]
+    return [store for store in cluster.stores.values() if store is not leader]  # type: ignore[attr-defined]
+
+
+def test_what_any_node_writes_all_have_and_read(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with store_cluster(tmp_path) as cluster:
+            for node, store in cluster.stores.items():
+                assert not store.alone
+                done = await store.txn([absent(b"k/%d" % node)], [put(b"k/%d" % node, b"x")])
+                assert done.succeeded
+                assert store.get(b"k/%d" % node) is not None
+                assert await store.committed(done.revision) >= done.revision
+                for other in cluster.stores.values():
+                    assert await other.barrier() >= done.revision
+                    assert other.get(b"k/%d" % node) is not None
+            await until(lambda: len({store.revision for store in cluster.stores.values()}) == 1)
+            assert len({hash_of(store) for store in cluster.stores.values()}) == 1
+
+    trio.run(main)
+
+
+def test_of_racing_creators_exactly_one_wins(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with store_cluster(tmp_path) as cluster:
+            wins: list[int] = []
+
+            async def create(node: int, number: int) -> None:
+                key = b"k/%d" % number
+                if (await cluster.stores[node].txn([absent(key)], [put(key, b"%d" % node)])).succeeded:
+                    wins.append(number)
+
+            async with trio.open_nursery() as racers:
+                for number in range(50):
+                    for node in cluster.stores:
+                        racers.start_soon(create, node, number)
+            assert sorted(wins) == list(range(50))
+
+    trio.run(main)
+
+
+def test_requests_in_flight_survive_the_leader(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with store_cluster(tmp_path) as cluster:
+            store = followers(cluster)[0]
+            acknowledged: list[int] = []
+
+            async def write(number: int) -> None:
+                await store.txn([], [merge(b"k/log", append(b"%d," % number))])
+                acknowledged.append(number)
+
+            async with trio.open_nursery() as writers:
+                for number in range(100):
+                    writers.start_soon(write, number)
+                    if number == 50:
+                        leader = cluster.leader()
+                        assert leader is not None
+                        await cluster.stop(leader.node_id)
+                    await trio.sleep(0.001)
+            record = store.get(b"k/log")
+            assert record is not None
+            # Each of them once: neither lost nor applied twice by being proposed again.
+            assert sorted(map(int, record.value.rstrip(b",").split(b","))) == list(range(100))
+            assert sorted(acknowledged) == list(range(100))
+
+    trio.run(main)
+
+
+def test_lossy_network_neither_loses_nor_repeats(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with store_cluster(tmp_path) as cluster:
+            cluster.loss = 0.2
+
+            async def write(store: NodeStore, number: int) -> None:
+                await store.txn([], [merge(b"k/log", append(b"%d," % number))])
+
+            async with trio.open_nursery() as writers:
+                for number in range(90):
+                    writers.start_soon(write, cluster.stores[1 + number % 3], number)
+                    await trio.sleep(0.002)
+            cluster.loss = 0.0
+            store = cluster.stores[1]
+            await store.barrier()
+            record = store.get(b"k/log")
+            assert record is not None
+            assert sorted(map(int, record.value.rstrip(b",").split(b","))) == list(range(90))
+
+    trio.run(main)
+
+
+def test_without_majority_calls_fail_after_a_bounded_time_and_stale_reads_go_on(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with store_cluster(tmp_path) as cluster:
+            store = followers(cluster)[0]
+            await store.txn([], [put(b"k/a", b"1")])
+            store._replica._timeout_ns = 10**9
+            cluster.isolate(store.node_id)
+            with trio.fail_after(5), pytest.raises(errors.NoQuorum):
+                await store.txn([], [put(b"k/a", b"2")])
+            with trio.fail_after(5), pytest.raises(errors.NoQuorum):
+                await store.barrier()
+            assert store.get(b"k/a") is not None
+            others = [other for other in cluster.stores.values() if other is not store]
+            with trio.fail_after(5):
+                await others[0].txn([], [put(b"k/b", b"1")])
+            cluster.cut.clear()
+            with trio.fail_after(5):
+                await store.barrier()
+            assert store.get(b"k/b") is not None
+
+    trio.run(main)
+
+
+def test_all_stopped_and_started_again_have_everything(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with store_cluster(tmp_path) as cluster:
+            for number in range(20):
+                await cluster.stores[1 + number % 3].txn([], [put(b"k/%d" % number, b"x")])
+            revision = max(store.revision for store in cluster.stores.values())
+            for node in list(cluster.stores):
+                await cluster.stop(node)
+            for node in (1, 2, 3):
+                await cluster.start(node)
+            for store in cluster.stores.values():
+                assert await store.barrier() >= revision
+                assert len(store.range(b"k/", b"k0")) == 20
+
+    trio.run(main)
+
+
+def test_three_become_one_again_and_it_is_alone(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with store_cluster(tmp_path) as cluster:
+            leader = cluster.leader()
+            assert leader is not None
+            for store in followers(cluster):
+                await cluster.change(ChangeKind.REMOVE, store.node_id)
+                await until(
+                    lambda node=store.node_id: node not in leader.consensus.replica.raft.configuration.voters
+                )
+            await until(lambda: leader.alone)
+            assert (await leader.txn([], [put(b"k/a", b"1")])).succeeded
+
+    trio.run(main)
