@@ -20,6 +20,10 @@ LINKS_MAX = 65_000  # as ext4
 INLINE_WRITE_BYTES_MAX = 16 * KIB  # larger writes go to blobs (measured threshold, DESIGN §3)
 INLINE_EXTENT_BYTES_MAX = 64 * KIB  # an extent grown by small appends becomes a blob at this size
 CHUNK_BYTES_MAX = 1 * MIB  # one blob; also FUSE's max_write
+WRITE_BEHIND_FILE_BYTES_MAX = 8 * MIB  # written to one file, not committed; beyond it its writers wait
+WRITE_BEHIND_BYTES_MAX = 64 * MIB  # and to all files of a mount
+SESSION_TTL_MS = 15_000  # a host silent for so long loses what it alone kept of unlinked files
+SESSION_KEEPALIVE_MS = 5_000  # it says so often that it lives: two may get lost
 
 # --- chunk store ---
 BLOB_SEGMENT_BYTES = 64 * MIB  # the unit of collection; more files below it, longer copying above
@@ -59,7 +63,7 @@ RAFT_APPEND_ENTRIES_MAX = 32_768  # and entries; what one message may make a rec
 RAFT_INFLIGHT_MESSAGES_MAX = 256  # appends on their way to one follower
 RAFT_INFLIGHT_BYTES_MAX = 16 * MIB  # and their bytes
 RAFT_UNCOMMITTED_BYTES_MAX = 64 * MIB  # in a leader's log behind its commit index; beyond it proposals wait
-RAFT_UNAPPLIED_BYTES_MAX = 128 * MIB  # in a node's log and not yet applied; beyond it appends are dropped
+RAFT_UNAPPLIED_BYTES_MAX = 64 * MIB  # committed and not yet applied on a node; beyond it appends are dropped
 RAFT_APPLY_BYTES_MAX = 4 * MIB  # handed out for applying in one turn
 RAFT_READS_MAX = 4_096  # read requests that a leader keeps waiting; more are dropped, to be asked again
 RAFT_CONTEXT_BYTES_MAX = 1 * KIB  # of a message or a change of the configuration
@@ -83,6 +87,8 @@ SNAPSHOTS_MAX = 2  # being sent at a time; who asks for more waits
 SNAPSHOT_BLOCK_BYTES = 1 * MIB  # of rows in one answer, or one row that is larger
 SNAPSHOT_GROWTH_BYTES_MAX = 8 * GIB  # the state's file, which never shrinks, may grow on its account
 SNAPSHOT_FREE_BYTES_MIN = 256 * MIB  # with less left on the disk it is dropped
+BACKUP_FRAME_BYTES_MAX = 3 * MIB  # one frame: a block of rows or a chunk; what a reader holds in memory
+BACKUP_DIGESTS_BYTES = 16 * MIB  # names of chunks in memory; the others are in a file meanwhile
 
 # --- between nodes ---
 PEER_PORT = 7420
@@ -141,17 +147,20 @@ assert CONTROL_PAGE_BYTES + 2 * VALUE_BYTES_MAX < CONTROL_FRAME_BYTES_MAX  # a p
 assert TXN_BYTES_MAX * 2 < CONTROL_FRAME_BYTES_MAX
 assert max(CONTROL_PAGE_KEYS, TXN_OPS_MAX) <= CONTROL_ITEMS_MAX
 assert CHUNK_BYTES_MAX < BLOB_SEGMENT_BYTES < 1 << 32
+assert CHUNK_BYTES_MAX < WRITE_BEHIND_FILE_BYTES_MAX < WRITE_BEHIND_BYTES_MAX
+assert 2 * SESSION_KEEPALIVE_MS < SESSION_TTL_MS
 assert CHUNK_BYTES_MAX + 64 * KIB < PEER_REQUEST_BYTES_MAX
 assert BLOB_ASK_MAX * 64 <= 64 * KIB  # so much of a request is room for digests
 assert PEER_REQUEST_BYTES_MAX * BLOB_PUSH_REQUESTS_MAX <= BLOB_PUSH_BYTES_MAX
 assert SNAPSHOT_BLOCK_BYTES + 2 * VALUE_BYTES_MAX < PEER_REQUEST_BYTES_MAX  # a largest row fits
+assert max(SNAPSHOT_BLOCK_BYTES + 2 * VALUE_BYTES_MAX, CHUNK_BYTES_MAX) <= BACKUP_FRAME_BYTES_MAX
+assert BACKUP_FRAME_BYTES_MAX + 4 * KIB < CONTROL_FRAME_BYTES_MAX
 assert SNAPSHOT_FREE_BYTES_MIN > 2 * RESERVE_BYTES  # before the state finds no room
 assert PROPOSAL_TIMEOUT_MS < 1000 * BLOB_PIN_S / 4  # what a proposal names is there when it is applied
 assert HEARTBEAT_TICKS * 4 < ELECTION_TICKS
 assert TXN_BYTES_MAX + 16 < WAL_FRAME_BYTES_MAX < RAFT_INFLIGHT_BYTES_MAX
 assert WAL_FRAME_BYTES_MAX < PEER_FRAME_BYTES_MAX < PEER_REQUESTS_BYTES_MAX < PEER_QUEUE_BYTES_MAX
 assert RAFT_INFLIGHT_BYTES_MAX < PEER_QUEUE_BYTES_MAX  # flow control acts first
-assert RAFT_UNCOMMITTED_BYTES_MAX < RAFT_UNAPPLIED_BYTES_MAX
 assert RAFT_APPEND_ENTRIES_MAX < PEER_ITEMS_MAX
 assert 3 * PEER_PING_MS < PEER_IDLE_MS
 assert LISTING_STEP_NAMES <= LISTING_STRETCH_NAMES_MAX <= LISTING_NAMES_MAX // 4  # four side by side

@@ -33,12 +33,13 @@ class Upkeep:
         self.files, self.volume, self.blobs = files, volume, blobs
         self._period_began = 0.0
         self._to_compact = True
+        self._reaping = False
         self._looking_at: bytes | None = b""  # the next row, None when all have been seen
 
     async def run(self) -> None:
         while True:
             pause = (
-                GARBAGE_PAUSE_S if self._looking_at is not None else BUSY_S if self.files.doomed else IDLE_S
+                GARBAGE_PAUSE_S if self._looking_at is not None else BUSY_S if self._reaping else IDLE_S
             )
             await trio.sleep(pause)
             try:
@@ -54,7 +55,9 @@ class Upkeep:
 
     async def once(self) -> None:
         """One round; most of it only if PERIOD_S has gone by since the last time."""
-        await self.files.reap()
+        # Those that are held somewhere are looked at again only now and then.
+        orphans = self.files.orphans
+        self._reaping = bool(await self.files.reap()) or (self.volume.store.alone and bool(orphans.doomed))
         self._find_garbage()
         now = trio.current_time()
         if now - self._period_began < PERIOD_S:

@@ -13,9 +13,7 @@ from typing import Final
 from aspenfs import errors
 from aspenfs.filesystem.layout import (
     ALLOCATED,
-    BLOB_EXTENT,
     BLOB_PREFIX,
-    EXTENT_BLOB,
     EXTENT_INLINE,
     EXTENT_PREFIX,
     I64,
@@ -28,16 +26,16 @@ from aspenfs.filesystem.layout import (
     inode_key,
     number,
     pack_extent,
+    part,
     unpack_extent,
     unpack_inode,
 )
-from aspenfs.filesystem.references import count_in
+from aspenfs.filesystem.references import References, count_in
 from aspenfs.filesystem.volume import ATTEMPTS, Volume, conflict
 from aspenfs.kv.types import (
     EQUAL,
     Operation,
     add,
-    append,
     compare_field,
     compare_mod_revision,
     cut,
@@ -51,10 +49,7 @@ from aspenfs.kv.types import (
 from aspenfs.limits import (
     BLOB_FETCH_AHEAD_BYTES,
     BLOB_FETCH_AHEAD_MAX,
-    CHUNK_BYTES_MAX,
     FILE_BYTES_MAX,
-    INLINE_EXTENT_BYTES_MAX,
-    INLINE_WRITE_BYTES_MAX,
     MIB,
     TXN_OPS_MAX,
 )
@@ -66,22 +61,6 @@ INLINE_BYTES_A_STEP: Final = 2 * MIB  # read to be released
 PAGE: Final = 64  # extents fetched at a time
 NO_CHUNKS: Final[Mapping[bytes, bytes]] = {}
 OPS_ROOM: Final = TXN_OPS_MAX - 8
-
-
-class References:
-    """Changes of blob reference counts that a transaction makes."""
-
-    def __init__(self) -> None:
-        self.deltas: dict[bytes, int] = {}
-
-    def change(self, digest: bytes, delta: int) -> None:
-        self.deltas[digest] = self.deltas.get(digest, 0) + delta
-
-    def operations(self) -> list[Operation]:
-        return [merge(BLOB_PREFIX + digest, add(0, delta)) for digest, delta in self.deltas.items() if delta]
-
-    def lost(self) -> list[bytes]:
-        return [digest for digest, delta in self.deltas.items() if delta < 0]
 
 
 class Content:
@@ -147,7 +126,7 @@ class Content:
             wanted = self._absent(node, offset, end)
             ahead = self._absent(node, end, min(end + BLOB_FETCH_AHEAD_BYTES, file_size))
             for at, digest in enumerate(wanted):
-                if digest not in chunks:
+                if not self.blobs.has(digest) and digest not in chunks:  # it may have come meanwhile
                     others = [*wanted[at + 1 :], *ahead]
                     chunks[digest] = await self.volume.replicas.fetch(digest, others)
         raise problem
@@ -174,142 +153,6 @@ class Content:
                 )
             ]
         return extents
-
-    # --- writing ---
-
-    async def write(self, node: int, offset: int | None, data: bytes) -> int:
-        """Writes all of `data` at `offset`, or at the end (None: O_APPEND); the offset it went to."""
-        written_at = offset
-        for at in range(0, len(data), CHUNK_BYTES_MAX):
-            piece = data if len(data) <= CHUNK_BYTES_MAX else data[at : at + CHUNK_BYTES_MAX]
-            went = await self._write_piece(node, None if offset is None else offset + at, piece)
-            written_at = went if written_at is None else written_at
-        return written_at or 0
-
-    async def _write_piece(self, node: int, offset: int | None, data: bytes) -> int:
-        key = inode_key(node)
-        for _ in range(ATTEMPTS):
-            record = self.store.get(key)
-            if record is None:
-                raise errors.Stale(f"inode {node} is gone")
-            inode = unpack_inode(record.value)
-            start = inode.size if offset is None else offset
-            if start + len(data) > FILE_BYTES_MAX:
-                raise errors.TooLarge(f"a file has at most {FILE_BYTES_MAX} bytes")
-            references = References()
-            plan = self._plan(node, inode, start, data, references)
-            operations, allocated, digest = plan or ([], 0, None)
-            operations += references.operations()
-            if plan is None or len(operations) > OPS_ROOM:
-                self._unpin(digest)
-                half = len(data) // 2
-                await self._write_piece(node, start, data[:half])
-                await self._write_piece(node, start + half, data[half:])
-                return start
-            now = self.volume.now()
-            edits = [patch(MTIME, TIMES2(now, now))]
-            if start + len(data) > inode.size:
-                edits.append(patch(SIZE, I64(start + len(data))))
-            if allocated:
-                edits.append(add(ALLOCATED, allocated))
-            operations.append(merge(key, *edits))
-            try:
-                result = await self.volume.txn(
-                    (compare_mod_revision(key, EQUAL, record.mod_revision),), operations
-                )
-            finally:
-                self._unpin(digest)
-            if result.succeeded:
-                self.volume.unreference(references.lost())
-                return start
-        raise conflict(f"write to inode {node}")
-
-    def _plan(
-        self, node: int, inode: Inode, start: int, data: bytes, references: References
-    ) -> tuple[list[Operation], int, bytes | None] | None:
-        """Operations on extents, bytes newly allocated, and the digest that was pinned; None if more
-        extents lie under the data than one transaction may take away."""
-        end = start + len(data)
-        small = len(data) < INLINE_WRITE_BYTES_MAX
-        operations: list[Operation] = []
-        allocated = 0
-        if start < inode.size and inode.allocated:
-            overlaps = self.overlapping(node, start, end, EXTENTS_A_STEP)
-            if len(overlaps) >= EXTENTS_A_STEP:
-                return None
-            if len(overlaps) == 1 and small:
-                only = overlaps[0]
-                if only.data is not None and only.offset <= start and end <= only.offset + only.length:
-                    at = 1 + start - only.offset
-                    return [merge(extent_key(node, only.offset), patch(at, data))], 0, None
-            operations, allocated = self._carve(node, overlaps, start, end, references)
-        elif small and start and inode.allocated:
-            grown = self._grow(node, start, data, references)
-            if grown is not None:
-                return grown
-        if small:
-            operations.append(put(extent_key(node, start), b"\0" + data))
-            return operations, allocated + len(data), None
-        digest = self._pin(data)
-        references.change(digest, 1)
-        value = BLOB_EXTENT.pack(EXTENT_BLOB, len(data), 0, digest)
-        operations.append(put(extent_key(node, start), value))
-        return operations, allocated + len(data), digest
-
-    def _carve(
-        self, node: int, overlaps: list[Extent], start: int, end: int, references: References
-    ) -> tuple[list[Operation], int]:
-        """Takes [start, end) out of the extents there; the operations and the (negative) bytes freed."""
-        operations: list[Operation] = [delete_range(extent_key(node, start), extent_key(node, end))]
-        freed = 0
-        for extent in overlaps:
-            stop = extent.offset + extent.length
-            freed += min(stop, end) - max(extent.offset, start)
-            pieces = 0
-            if extent.offset < start:
-                operations.append(
-                    put(extent_key(node, extent.offset), pack_extent(part(extent, extent.offset, start)))
-                )
-                pieces += 1
-            if stop > end:
-                operations.append(put(extent_key(node, end), pack_extent(part(extent, end, stop))))
-                pieces += 1
-            if extent.data is None:
-                references.change(extent.digest, pieces - 1)
-        return operations, -freed
-
-    def _grow(
-        self, node: int, start: int, data: bytes, references: References
-    ) -> tuple[list[Operation], int, bytes | None] | None:
-        """A small write right behind an inline extent joins it; None if there is none."""
-        found = self.store.range(extent_key(node, 0), extent_key(node, start), limit=1, reverse=True)
-        if not found:
-            return None
-        key, record = found[0]
-        offset = int.from_bytes(key[11:19], "big")
-        if record.value[0] != EXTENT_INLINE or offset + len(record.value) - 1 != start:
-            return None
-        if len(record.value) - 1 + len(data) <= INLINE_EXTENT_BYTES_MAX:
-            return [merge(key, append(data))], len(data), None
-        joined = record.value[1:] + data
-        digest = self._pin(joined)
-        references.change(digest, 1)
-        return [put(key, BLOB_EXTENT.pack(EXTENT_BLOB, len(joined), 0, digest))], len(data), digest
-
-    def _pin(self, data: bytes) -> bytes:
-        digest = self.blobs.put(data)
-        self.volume.pinned[digest] = self.volume.pinned.get(digest, 0) + 1
-        return digest
-
-    def _unpin(self, digest: bytes | None) -> None:
-        if digest is None:
-            return
-        pins = self.volume.pinned[digest] - 1
-        if pins:
-            self.volume.pinned[digest] = pins
-        else:
-            del self.volume.pinned[digest]
-            self.volume.unreference((digest,))  # cheap to look at again, costly to forget
 
     # --- truncation ---
 
@@ -373,22 +216,22 @@ class Content:
         or behind it: the bytes in them, and where the first of them begins; `size` if these are all."""
         # Not from beyond the end: what earlier steps have deleted there costs time until it is applied.
         low, high = extent_key(node, size), extent_key(node, end)
-        freed = count = inline_bytes = 0
+        freed = 0
         while found := self.store.range(low, high, limit=PAGE, reverse=True):
             for key, record in found:
                 if (
                     len(references.deltas) == REFERENCES_A_STEP
-                    or count == EXTENTS_A_STEP
-                    or inline_bytes > INLINE_BYTES_A_STEP
+                    or references.extents == EXTENTS_A_STEP
+                    or references.inline_bytes > INLINE_BYTES_A_STEP
                 ):
                     return freed, int.from_bytes(high[11:], "big")
                 extent = unpack_extent(key, record.value)
                 if extent.data is None:
                     references.change(extent.digest, -1)
                 else:
-                    inline_bytes += extent.length
+                    references.inline_bytes += extent.length
+                references.extents += 1
                 freed += extent.length
-                count += 1
                 high = key
             if len(found) < PAGE:
                 break
@@ -451,12 +294,3 @@ class Content:
             unreferenced.update(doomed)
             raise
         return len(doomed)
-
-
-def part(extent: Extent, start: int, stop: int) -> Extent:
-    """The piece [start, stop) (file offsets) of an extent."""
-    skip = start - extent.offset
-    if extent.data is not None:
-        data = extent.data[skip : skip + stop - start]
-        return Extent(start, len(data), data, 0, b"")
-    return Extent(start, stop - start, None, extent.start + skip, extent.digest)

@@ -4,7 +4,10 @@
     f/d <parent> name   dirent    child id u64, type u8 (mode >> 12)
     f/x <id> name       xattr     value
     f/e <id> <offset>   extent    kind u8; inline: the bytes; blob: length u32, offset in it u32, digest
-    f/o <id>            orphan    inode without a name that is still open somewhere
+    f/o <id>            orphan    inode without a name that may still be open: nothing, or 1 when it goes
+    f/h <id> <host>     hold      the host uses this orphan; hangs on the lease of its session
+    f/s <host>          session   the host has files/ mounted; the revision up to which it holds what it
+                                  holds of orphans by rows, i64
     f/b digest          blob      number of extents that name it, i64
     f/n                 counter   the last inode id handed out to a host, i64
     f/u                 usage     number of inodes, i64
@@ -27,6 +30,8 @@ DIRENT_PREFIX: Final = b"f/d"
 XATTR_PREFIX: Final = b"f/x"
 EXTENT_PREFIX: Final = b"f/e"
 ORPHAN_PREFIX: Final = b"f/o"
+HOLD_PREFIX: Final = b"f/h"
+SESSION_PREFIX: Final = b"f/s"
 BLOB_PREFIX: Final = b"f/b"
 COUNTER_KEY: Final = b"f/n"
 USAGE_KEY: Final = b"f/u"
@@ -45,6 +50,8 @@ PARENT = 72
 FORMAT_AT, FLAGS = 80, 81
 TARGET = INODE.size
 HAS_XATTRS: Final = 1
+
+ORPHAN_LIVE, ORPHAN_GOING = b"", b"\1"  # may be held yet, or not any more
 
 U32 = struct.Struct("<I").pack
 I64 = struct.Struct("<q").pack
@@ -104,6 +111,18 @@ def orphan_key(node: int) -> bytes:
     return ORPHAN_PREFIX + node.to_bytes(8, "big")
 
 
+def hold_prefix(node: int) -> bytes:
+    return HOLD_PREFIX + node.to_bytes(8, "big")
+
+
+def hold_key(node: int, host: int) -> bytes:
+    return HOLD_PREFIX + node.to_bytes(8, "big") + host.to_bytes(8, "big")
+
+
+def session_key(host: int) -> bytes:
+    return SESSION_PREFIX + host.to_bytes(8, "big")
+
+
 def unpack_inode(value: bytes) -> Inode:
     return Inode._make(INODE.unpack_from(value))
 
@@ -120,6 +139,15 @@ def pack_extent(extent: Extent) -> bytes:
     if extent.data is not None:
         return b"\0" + extent.data
     return BLOB_EXTENT.pack(EXTENT_BLOB, extent.length, extent.start, extent.digest)
+
+
+def part(extent: Extent, start: int, stop: int) -> Extent:
+    """The piece [start, stop) (file offsets) of an extent."""
+    skip = start - extent.offset
+    if extent.data is not None:
+        data = extent.data[skip : skip + stop - start]
+        return Extent(start, len(data), data, 0, b"")
+    return Extent(start, stop - start, None, extent.start + skip, extent.digest)
 
 
 def named_digests(command: Command) -> Iterator[bytes]:

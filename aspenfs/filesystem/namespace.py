@@ -11,7 +11,8 @@ from typing import Final, NamedTuple
 
 from aspenfs import errors
 from aspenfs.filesystem import acl
-from aspenfs.filesystem.content import Content, References
+from aspenfs.filesystem.change import Change
+from aspenfs.filesystem.content import Content
 from aspenfs.filesystem.layout import (
     CTIME,
     DIRENT,
@@ -26,12 +27,10 @@ from aspenfs.filesystem.layout import (
     MODE,
     MTIME,
     NLINK,
-    ORPHAN_PREFIX,
     PARENT,
     ROOT,
     TIMES2,
     USAGE_KEY,
-    XATTR_PREFIX,
     Inode,
     dirent_key,
     inode_key,
@@ -40,6 +39,7 @@ from aspenfs.filesystem.layout import (
     unpack_inode,
     xattr_key,
 )
+from aspenfs.filesystem.references import References
 from aspenfs.filesystem.volume import ATTEMPTS, Volume, conflict
 from aspenfs.kv.types import (
     EQUAL,
@@ -52,7 +52,6 @@ from aspenfs.kv.types import (
     compare_mod_revision,
     compare_value,
     delete,
-    delete_range,
     exists,
     merge,
     patch,
@@ -267,7 +266,7 @@ class Namespace:
             if kind == DIRECTORY:
                 raise errors.IsADirectory(name)
             now = self.volume.now()
-            change = _Change()
+            change = Change()
             removed = self._drop_name(change, parent, name, node, kind, now)
             change.then.append(merge(inode_key(parent), *_parent_edits(-1, 0, now)))
             if await self._apply(change):
@@ -281,7 +280,7 @@ class Namespace:
             if kind != DIRECTORY:
                 raise errors.NotADirectory(name)
             now = self.volume.now()
-            change = _Change()
+            change = Change()
             removed = self._drop_name(change, parent, name, node, kind, now)
             change.then.append(merge(inode_key(parent), *_parent_edits(-1, -1, now)))
             if await self._apply(change):
@@ -289,11 +288,12 @@ class Namespace:
         raise conflict("rmdir")
 
     def _drop_name(
-        self, change: "_Change", parent: int, name: bytes, node: int, kind: int, now: int, keep: bool = False
+        self, change: Change, parent: int, name: bytes, node: int, kind: int, now: int, keep: bool = False
     ) -> Removed:
         """Adds to `change` what removing this name does to the entry and its inode, not to the parent.
 
-        With `keep` the inode of a file stays as an orphan, as one that is open does.
+        With `keep` the inode of a file stays as an orphan, as one that is open does, and on several nodes
+        any: it may be open elsewhere.
         """
         key, name_key = inode_key(node), dirent_key(parent, name)
         record = self.store.get(key)
@@ -310,14 +310,15 @@ class Namespace:
                 raise errors.DirectoryNotEmpty(name)
             below = DIRENT_PREFIX + number(node)
             change.compares.append(range_empty(below, prefix_end(below)))
-            self._destroy(change, node, inode, [])
+            change.destroy(node, inode, [])
+            change.count(-1)
             return Removed(node, inode._replace(nlink=0, ctime=now), True)
         if inode.nlink > 1:
             change.then.append(merge(key, add(NLINK, -1), patch(CTIME, I64(now))))
             return Removed(node, inode._replace(nlink=inode.nlink - 1, ctime=now), False)
         after = inode._replace(nlink=0, ctime=now)
         released = None
-        if not keep and not self.in_use(node):
+        if self.store.alone and not keep and not self.in_use(node):
             released = (
                 self.content.release_operations(node, inode.size) if inode.allocated else ([], References())
             )
@@ -327,29 +328,18 @@ class Namespace:
                 put(orphan_key(node), b""),
             )
             return Removed(node, after, False)
-        self._destroy(change, node, inode, released[0])
-        change.references = released[1]
+        change.destroy(node, inode, released[0])
+        change.count(-1)
+        change.references.append(released[1])
         change.going = node
         return Removed(node, after, True)
 
-    @staticmethod
-    def _destroy(change: "_Change", node: int, inode: Inode, released: list[Operation]) -> None:
-        change.then.append(delete(inode_key(node)))
-        change.then += released
-        if inode.flags & HAS_XATTRS:
-            prefix = XATTR_PREFIX + number(node)
-            change.then.append(delete_range(prefix, prefix_end(prefix)))
-        change.then.append(merge(USAGE_KEY, add(0, -1)))
-
-    async def _apply(self, change: "_Change") -> bool:
+    async def _apply(self, change: Change) -> bool:
         self.going.add(change.going)
         try:
-            result = await self.store.txn(change.compares, change.then, origin=self.volume)
+            return await change.apply(self.volume)
         finally:
             self.going.discard(change.going)
-        if result.succeeded and change.references is not None:
-            self.volume.unreference(change.references.lost())
-        return result.succeeded
 
     async def keep(self, node: int) -> None:
         """For who has just opened a file that is `going`: that transaction fails and is made anew, as one
@@ -357,34 +347,6 @@ class Namespace:
         key = inode_key(node)
         if not (await self.volume.txn([exists(key)], [merge(key, add(NLINK, 0))])).succeeded:
             raise errors.Stale(f"inode {node} is gone")
-
-    async def reap(self, node: int) -> None:
-        """Ends an orphan: its bytes (in several transactions if they are many), then its rows."""
-        for _ in range(ATTEMPTS):
-            record = self.store.get(inode_key(node))
-            if record is None:
-                await self.volume.txn([exists(orphan_key(node))], [delete(orphan_key(node))])
-                return
-            inode = unpack_inode(record.value)
-            if inode.nlink:
-                return
-            released = self.content.release_operations(node, inode.size)
-            if released is None:
-                await self.content.truncate(node, 0)
-                continue
-            change = _Change()
-            change.compares.append(compare_mod_revision(inode_key(node), EQUAL, record.mod_revision))
-            self._destroy(change, node, inode, released[0])
-            change.references = released[1]
-            change.then.append(delete(orphan_key(node)))
-            if await self._apply(change):
-                return
-        raise conflict("reap")
-
-    def orphans(self) -> list[int]:
-        """Inodes without a name that were still open when the last daemon ended."""
-        found = self.store.range(ORPHAN_PREFIX, prefix_end(ORPHAN_PREFIX))
-        return [int.from_bytes(key[3:11], "big") for key, _ in found]
 
     # --- rename ---
 
@@ -408,7 +370,7 @@ class Namespace:
             if flags & RENAME_NOREPLACE and victim:
                 raise errors.AlreadyExists(new_name)
             now = self.volume.now()
-            change = _Change()
+            change = Change()
             if flags & RENAME_EXCHANGE:
                 if not victim:
                     raise errors.NotFound(new_name)
@@ -426,7 +388,7 @@ class Namespace:
 
     def _move(
         self,
-        change: "_Change",
+        change: Change,
         source: tuple[int, bytes, int, int],
         target: tuple[int, bytes, int, int],
         now: int,
@@ -468,7 +430,7 @@ class Namespace:
 
     def _exchange(
         self,
-        change: "_Change",
+        change: Change,
         one: tuple[int, bytes, int, int],
         other: tuple[int, bytes, int, int],
         now: int,
@@ -484,7 +446,7 @@ class Namespace:
         if one[0] == other[0]:
             change.then.append(merge(inode_key(one[0]), *_parent_edits(0, 0, now)))
 
-    def _moved(self, change: "_Change", node: int, kind: int, parent: int, new_parent: int, now: int) -> None:
+    def _moved(self, change: Change, node: int, kind: int, parent: int, new_parent: int, now: int) -> None:
         """The moved inode's own ctime and, for a directory that changes place, its parent."""
         edits: list[Edit] = [patch(CTIME, I64(now))]
         if kind == DIRECTORY and parent != new_parent:
@@ -506,17 +468,6 @@ class Namespace:
             if at == node:
                 raise errors.InvalidArgument("a directory cannot move into itself")
             at = self.volume.inode(at).parent
-
-
-class _Change:
-    """A transaction under construction."""
-
-    def __init__(self) -> None:
-        self.compares: list[Compare] = []
-        self.then: list[Operation] = []
-        self.references: References | None = None
-        self.locked = False
-        self.going = 0
 
 
 def _same(key: bytes, inode: Inode, offset: int) -> Compare:

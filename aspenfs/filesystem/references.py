@@ -11,11 +11,39 @@ from collections.abc import Sequence
 from aspenfs.filesystem.layout import BLOB_PREFIX, named_by
 from aspenfs.kv.commands import TXN, Command
 from aspenfs.kv.store import Store
-from aspenfs.kv.types import FIELD, GREATER, Compare, Operation, Record, compare_field, prefix_end
+from aspenfs.kv.types import (
+    FIELD,
+    GREATER,
+    Compare,
+    Operation,
+    Record,
+    add,
+    compare_field,
+    merge,
+    prefix_end,
+)
 
 _DIGEST_AT = len(BLOB_PREFIX)
 _END = prefix_end(BLOB_PREFIX)
 _AT_LEAST_ONE = (0, 0)  # offset 0, greater than 0
+
+
+class References:
+    """Changes of reference counts that a transaction makes. Of what it drops besides: `extents`, and of
+    these the `inline_bytes`, which were read for it."""
+
+    def __init__(self) -> None:
+        self.deltas: dict[bytes, int] = {}
+        self.extents = self.inline_bytes = 0
+
+    def change(self, digest: bytes, delta: int) -> None:
+        self.deltas[digest] = self.deltas.get(digest, 0) + delta
+
+    def operations(self) -> list[Operation]:
+        return [merge(BLOB_PREFIX + digest, add(0, delta)) for digest, delta in self.deltas.items() if delta]
+
+    def lost(self) -> list[bytes]:
+        return [digest for digest, delta in self.deltas.items() if delta < 0]
 
 
 def digest_of(key: bytes) -> bytes | None:

@@ -12,6 +12,7 @@ from aspenfs import errors, limits
 from aspenfs.filesystem import layout, references
 from aspenfs.kv.store import Store
 from aspenfs.kv.types import Compare, Operation, TxnResult, absent, add, get, merge, put
+from aspenfs.kv.watch import Signal
 from aspenfs.seams import Clock
 
 ATTEMPTS: Final = 64  # at a transaction whose compares fail, before Conflict
@@ -63,13 +64,24 @@ class NoReplicas:
         raise errors.Unavailable(f"chunk {digest.hex()}, which a file names, can not be read: {advice}")
 
 
+class Tasks(Protocol):
+    """Work beside that of the caller. Without it (None) everything is done before a call returns."""
+
+    def event(self) -> Signal:
+        """A new one-shot event of the caller's loop."""
+
+    def spawn(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Runs `work` at once, beside everything else. It says itself what went wrong."""
+
+
 class Volume:
     """One file system in one store."""
 
     def __init__(self, store: Store, blobs: Blobs, clock: Clock) -> None:
         self.store, self.blobs = store, blobs
         self.replicas: Replicas = NoReplicas()
-        self.now = clock.time_ns
+        self.now, self.monotonic_ns = clock.time_ns, clock.monotonic_ns
+        self.tasks: Tasks | None = None
         self._next_id = self._last_id = 0
         # Digests put but not yet named by an accepted transaction: not garbage.
         self.pinned: dict[bytes, int] = {}
@@ -155,4 +167,3 @@ def _nothing(_: bytes) -> bool:
 
 def conflict(what: str) -> errors.Conflict:
     return errors.Conflict(f"{what}: changed by others {ATTEMPTS} times in a row")
-

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -28,24 +29,30 @@ async def orphans(setup: Setup, count: int) -> None:
         _, handle = await setup.tree.create(1, b"%d" % index, 0o644, 2, CALLER)
         await handle.write(0, index.to_bytes(2, "big") * 10_000)
         await setup.tree.unlink(1, b"%d" % index)
-    setup.tree.orphans.clear()
-    setup.tree.recover()
+    setup.tree.open_counts.clear()
+    setup.tree.orphans.kept.clear()
+    setup.tree.orphans.recover()
+
+
+def failing(setup: Setup, failures: list[Exception]) -> None:
+    """Ending an orphan fails so often."""
+    release = setup.tree.content.release_operations
+
+    def release_or_fail(node: int, size: int) -> Any:
+        if failures:
+            raise failures.pop()
+        return release(node, size)
+
+    setup.tree.content.release_operations = release_or_fail  # type: ignore[method-assign]
 
 
 def test_an_orphan_that_cannot_go_now_goes_later_and_does_not_hold_up_the_others() -> None:
     async def test(setup: Setup) -> None:
         await orphans(setup, 3)
-        reap, failures = setup.tree.names.reap, [errors.NoSpace("full")]
-
-        async def reap_or_fail(node: int) -> None:
-            if failures:
-                raise failures.pop()
-            await reap(node)
-
-        setup.tree.names.reap = reap_or_fail  # type: ignore[method-assign]
+        failing(setup, [errors.NoSpace("full")])
         with pytest.raises(errors.NoSpace):
             await setup.tree.reap()
-        assert len(setup.tree.doomed) == 3
+        assert len(setup.tree.orphans.doomed) == 3
         assert await setup.tree.reap() == 3
         assert setup.volume.inode_count() == 1
 
@@ -61,14 +68,8 @@ def test_no_failure_of_upkeep_ends_it(blobs: BlobStore, error: Exception) -> Non
         await setup.volume.format()
         await orphans(setup, 1)
         upkeep = Upkeep(setup.tree, setup.volume, blobs)
-        reap, failures = setup.tree.names.reap, [error]
-
-        async def reap_or_fail(node: int) -> None:
-            if failures:
-                raise failures.pop()
-            await reap(node)
-
-        setup.tree.names.reap = reap_or_fail  # type: ignore[method-assign]
+        failures = [error]
+        failing(setup, failures)
         with trio.move_on_after(2 * AFTER_FAILURE_S):
             await upkeep.run()
         assert not failures
@@ -134,12 +135,8 @@ def test_a_full_disk_at_the_end_is_left_to_the_next_start(blobs: BlobStore) -> N
         setup = Setup()
         await setup.volume.format()
         await orphans(setup, 1)
-
-        async def full(node: int) -> None:
-            raise errors.NoSpace("full")
-
-        setup.tree.names.reap = full  # type: ignore[method-assign]
+        failing(setup, [errors.NoSpace("full")])
         await Upkeep(setup.tree, setup.volume, blobs).tidy()
-        assert len(setup.tree.doomed) == 1
+        assert len(setup.tree.orphans.doomed) == 1
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))

@@ -51,7 +51,7 @@ def test_a_file_reads_as_the_bytes_that_were_written(steps: list[tuple[str, int,
                 continue
             at = len(model) if kind == "append" else at
             data = noise.randbytes(length)
-            await setup.tree.content.write(node, None if kind == "append" else at, data)
+            await setup.tree.writer.write(node, None if kind == "append" else at, data)
             model += bytes(max(0, at - len(model)))
             model[at : at + length] = data
         assert await read_all(setup, node) == bytes(model)
@@ -73,10 +73,10 @@ def test_a_file_reads_as_the_bytes_that_were_written(steps: list[tuple[str, int,
 def test_a_write_over_many_small_extents_is_split_to_fit_transactions() -> None:
     async def test(setup: Setup) -> None:
         node, _ = await new_file(setup)
-        await setup.tree.content.write(node, 0, bytes(1 << 20))
+        await setup.tree.writer.write(node, 0, bytes(1 << 20))
         for at in range(0, 1 << 20, 8 * KIB):
-            await setup.tree.content.write(node, at, b"x" * 4096)
-        await setup.tree.content.write(node, 4096, b"y" * ((1 << 20) - 8192))
+            await setup.tree.writer.write(node, at, b"x" * 4096)
+        await setup.tree.writer.write(node, 4096, b"y" * ((1 << 20) - 8192))
         data = await read_all(setup, node)
         assert data == b"x" * 4096 + b"y" * ((1 << 20) - 8192) + bytes(4096)
 
@@ -89,10 +89,10 @@ def test_many_distinct_blob_pieces_under_one_write_fit_transactions() -> None:
         expected = bytearray(299 * 4096 + 16 * KIB)
         for index in range(300):
             data = random.Random(index).randbytes(16 * KIB)
-            await setup.tree.content.write(node, index * 4096, data)
+            await setup.tree.writer.write(node, index * 4096, data)
             expected[index * 4096 : index * 4096 + 16 * KIB] = data
         assert await read_all(setup, node) == bytes(expected)
-        await setup.tree.content.write(node, 0, b"z" * (1 << 20))
+        await setup.tree.writer.write(node, 0, b"z" * (1 << 20))
         expected[: 1 << 20] = b"z" * (1 << 20)
         assert await read_all(setup, node) == bytes(expected)
 
@@ -102,7 +102,7 @@ def test_many_distinct_blob_pieces_under_one_write_fit_transactions() -> None:
 def test_holes_take_no_space_and_read_as_zeros() -> None:
     async def test(setup: Setup) -> None:
         node, _ = await new_file(setup)
-        await setup.tree.content.write(node, 10 << 30, b"end")
+        await setup.tree.writer.write(node, 10 << 30, b"end")
         attr = await setup.tree.getattr(node)
         assert (attr.size, attr.blocks) == ((10 << 30) + 3, 1)
         assert bytes(setup.tree.content.read(node, 5 << 30, 10, attr.size)) == bytes(10)
@@ -114,7 +114,7 @@ def test_small_appends_are_sealed_into_blobs() -> None:
     async def test(setup: Setup) -> None:
         node, _ = await new_file(setup)
         for _ in range(100):
-            await setup.tree.content.write(node, None, b"a" * 4000)
+            await setup.tree.writer.write(node, None, b"a" * 4000)
         assert await read_all(setup, node) == b"a" * 400_000
         extents = list(setup.store.scan(layout.extent_key(node, 0), layout.extent_key(node, 1 << 60)))
         assert len(extents) <= 7
@@ -127,7 +127,7 @@ def test_the_size_limit_is_EFBIG() -> None:
     async def test(setup: Setup) -> None:
         node, _ = await new_file(setup)
         with pytest.raises(errors.TooLarge):
-            await setup.tree.content.write(node, limits.FILE_BYTES_MAX, b"x")
+            await setup.tree.writer.write(node, limits.FILE_BYTES_MAX, b"x")
         with pytest.raises(errors.TooLarge):
             await setup.tree.setattr(node, SetAttr(size=limits.FILE_BYTES_MAX + 1), CALLER)
         await setup.tree.setattr(node, SetAttr(size=limits.FILE_BYTES_MAX), CALLER)
@@ -140,8 +140,8 @@ def test_identical_chunks_are_stored_once_and_kept_until_the_last_reference() ->
         one, _ = await new_file(setup, b"one")
         two, _ = await new_file(setup, b"two")
         data = b"same" * 10_000
-        await setup.tree.content.write(one, 0, data)
-        await setup.tree.content.write(two, 0, data)
+        await setup.tree.writer.write(one, 0, data)
+        await setup.tree.writer.write(two, 0, data)
         assert len(setup.blobs.chunks) == 1
         await setup.tree.setattr(one, SetAttr(size=0), CALLER)
         await setup.tree.content.collect()
@@ -157,7 +157,7 @@ def test_a_long_file_is_truncated_in_steps_and_leaves_nothing() -> None:
     async def test(setup: Setup) -> None:
         node, _ = await new_file(setup)
         for index in range(200):
-            await setup.tree.content.write(node, index * 20_000, random.Random(index).randbytes(20_000))
+            await setup.tree.writer.write(node, index * 20_000, random.Random(index).randbytes(20_000))
         attr = await setup.tree.setattr(node, SetAttr(size=30_000), CALLER)
         assert (attr.size, attr.blocks) == (30_000, (30_000 + 511) // 512)
         assert await read_all(setup, node) == (

@@ -31,7 +31,7 @@ async def scattered(setup: Setup, extents: int) -> int:
     """A file of so many extents of one byte, every second byte a hole."""
     attr, _ = await setup.tree.create(1, b"f", 0o644, 2, CALLER)
     for index in range(extents):
-        await setup.tree.content.write(attr.node, 2 * index, b"x")
+        await setup.tree.writer.write(attr.node, 2 * index, b"x")
     return attr.node
 
 
@@ -39,7 +39,7 @@ def test_a_write_over_more_extents_than_a_transaction_deletes() -> None:
     async def test(setup: Setup) -> None:
         count = TXN_DELETED_KEYS_MAX + 100
         node = await scattered(setup, count)
-        await setup.tree.content.write(node, 0, b"y" * (2 * count))
+        await setup.tree.writer.write(node, 0, b"y" * (2 * count))
         assert bytes(setup.tree.content.read(node, 0, 2 * count, 2 * count)) == b"y" * (2 * count)
 
     run(test)
@@ -68,7 +68,7 @@ def test_a_long_truncation_lets_others_work_between_its_steps() -> None:
         setup.volume.breathe = breathe
         attr, _ = await setup.tree.create(1, b"f", 0o644, 2, CALLER)
         for index in range(500):
-            await setup.tree.content.write(attr.node, index * 16384, index.to_bytes(2, "big") * 8192)
+            await setup.tree.writer.write(attr.node, index * 16384, index.to_bytes(2, "big") * 8192)
         await setup.tree.setattr(attr.node, SetAttr(size=0), CALLER)
         assert turns >= 4
 

@@ -137,25 +137,22 @@ class Stack:
         pending = [("files", self.tree.root)]
         while pending:
             above, directory = pending.pop()
-            listing = await self.tree.opendir(directory)
-            cookie = 0
-            while entries := await listing.after(cookie, 100):
-                cookie = entries[-1][2]
-                for name, attr, _ in entries:
-                    path = f"{above}/{name.decode()}"
-                    nodes[path] = attr.node
-                    if stat.S_ISDIR(attr.mode):
-                        pending.append((path, attr.node))
-                        found[path] = Seen("directory", b"", 0, attr.nlink, (), "")
-                        continue
-                    file = await self.tree.open(attr.node, O_RDWR, CALLER)
-                    data = bytes(await file.read(0, attr.size))
-                    await file.release()
-                    assert len(data) == attr.size
-                    names = await self.tree.listxattr(attr.node)
-                    pairs = [(name.decode(), await self.tree.getxattr(attr.node, name)) for name in names]
-                    mode, attributes = attr.mode & 0o7777, tuple(sorted(pairs))
-                    found[path] = Seen("file", data, mode, attr.nlink, attributes, "")
+            for name in self.tree.list_names(directory, None, 1 << 20)[0]:
+                attr = await self.tree.lookup(directory, name)
+                path = f"{above}/{name.decode()}"
+                nodes[path] = attr.node
+                if stat.S_ISDIR(attr.mode):
+                    pending.append((path, attr.node))
+                    found[path] = Seen("directory", b"", 0, attr.nlink, (), "")
+                    continue
+                file = await self.tree.open(attr.node, O_RDWR, CALLER)
+                data = bytes(await file.read(0, attr.size))
+                await file.release()
+                assert len(data) == attr.size
+                names = await self.tree.listxattr(attr.node)
+                pairs = [(name.decode(), await self.tree.getxattr(attr.node, name)) for name in names]
+                mode, attributes = attr.mode & 0o7777, tuple(sorted(pairs))
+                found[path] = Seen("file", data, mode, attr.nlink, attributes, "")
         for path in sorted(found):
             found[path] = found[path]._replace(same_as=first.setdefault(nodes[path], path))
         return found
@@ -295,7 +292,7 @@ class Life:
         if revision in self.hashes:
             assert hash_of(stack.store) == self.hashes[revision]
         await stack.volume.format()
-        stack.tree.recover()
+        stack.tree.orphans.recover()
         found = await stack.look()
         if revision in self.seen:
             assert found == self.seen[revision]

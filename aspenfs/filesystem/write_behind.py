@@ -1,0 +1,214 @@
+"""Writes that are not committed yet: in their order, per file, one transaction of each file at a time.
+
+On several nodes a commit is a round trip and a sync on a majority. While one transaction of a file is under
+way, what is written to that file meanwhile gathers, and goes with the next one: so a stream of writes pays a
+few commits, however small they are, and this host's writers of one file never conflict with each other.
+
+A write may return before its commit where something later waits for it and can tell its error: where the
+kernel sends FLUSH at close(2) (`returns_early`, docs/design/coherence.md). Otherwise it waits itself. Either
+way reads here must show what was written: who reads a file first waits until it is `settled`. Not here:
+what a write does to a file (`writing.py`), and who asks for errors (`views/files.py`).
+"""
+
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from itertools import islice
+
+from aspenfs import errors
+from aspenfs.filesystem.volume import Tasks, Volume
+from aspenfs.filesystem.writing import BLOBS_MAX, Piece, Writer
+from aspenfs.kv.watch import Signal
+from aspenfs.limits import CHUNK_BYTES_MAX, WRITE_BEHIND_BYTES_MAX, WRITE_BEHIND_FILE_BYTES_MAX
+
+
+class _Waiting:
+    """Bytes that belong together, not yet a piece. `believed` is where the writer thinks that they go."""
+
+    __slots__ = ("believed", "length", "offset", "parts", "piece", "writes")
+
+    def __init__(self, offset: int | None, believed: int, data: bytes) -> None:
+        self.offset, self.believed, self.length = offset, believed, len(data)
+        self.parts, self.writes = [data], 1
+        self.piece: Piece | None = None  # once its bytes are in the chunk store, or in a transaction
+
+    def continues(self, offset: int | None, believed: int, size: int) -> bool:
+        """Whether `size` bytes more belong right behind."""
+        return (
+            self.piece is None
+            and (offset is None) is (self.offset is None)
+            and believed == self.believed + self.length
+            and self.length + size <= CHUNK_BYTES_MAX
+        )
+
+    def extend(self, data: bytes) -> None:
+        self.parts.append(data)
+        self.length += len(data)
+        self.writes += 1
+
+
+class _File:
+    """What is under way for one inode. Numbers count the writes that were `taken` in and `done`."""
+
+    __slots__ = ("bytes", "done", "taken", "waiters", "waiting")
+
+    def __init__(self) -> None:
+        self.waiting: deque[_Waiting] = deque()
+        self.bytes = self.taken = self.done = 0
+        self.waiters: list[_Waiter] = []
+
+
+class _Waiter:
+    __slots__ = ("error", "signal", "upto")
+
+    def __init__(self, signal: Signal, upto: int) -> None:
+        self.signal, self.upto = signal, upto
+        self.error: errors.AspenError | None = None
+
+
+class WriteBehind:
+    """The writes under way of one mount. `displaced(node)` hears of a file whose bytes are not where, or
+    not what, the kernel believes."""
+
+    def __init__(self, volume: Volume, writer: Writer, displaced: Callable[[int], None]) -> None:
+        self.volume, self.writer, self.displaced = volume, writer, displaced
+        self.returns_early = False
+        self.files: dict[int, _File] = {}  # with writes under way
+        self.bytes = 0  # of all of them
+        # inode -> how often writes to it have failed behind their writers' backs, and the last error
+        self.failures: dict[int, tuple[int, errors.AspenError]] = {}
+
+    async def write(self, node: int, offset: int | None, believed: int, data: bytes) -> None:
+        """Takes a write in, at `offset` or at the end (None). With `returns_early` its error is found in
+        `failures`, else it is raised here when the write is committed."""
+        tasks = self.volume.tasks
+        if tasks is None:
+            if await self.writer.write(node, offset, data) != believed:
+                self.displaced(node)
+            return
+        await self._room(tasks, node, len(data))
+        for at in range(0, len(data), CHUNK_BYTES_MAX):
+            chunk = data[at : at + CHUNK_BYTES_MAX] if len(data) > CHUNK_BYTES_MAX else data
+            file = self._take(tasks, node, None if offset is None else offset + at, believed + at, chunk)
+        if not self.returns_early:
+            await self._wait(tasks, file, file.taken)
+
+    def _take(self, tasks: Tasks, node: int, offset: int | None, believed: int, data: bytes) -> _File:
+        file = self.files.get(node)
+        last = file.waiting[-1] if file is not None and file.waiting else None
+        if last is not None and last.continues(offset, believed, len(data)):
+            last.extend(data)
+        else:
+            waiting = _Waiting(offset, believed, data)
+            if len(data) == CHUNK_BYTES_MAX:
+                self._seal(waiting)  # before it counts: on a full disk this write fails, and no other
+            if file is None:
+                file = self.files[node] = _File()
+                tasks.spawn(partial(self._run, node, file))
+            file.waiting.append(waiting)
+        assert file is not None  # else there was no last one
+        file.bytes += len(data)
+        self.bytes += len(data)
+        file.taken += 1
+        return file
+
+    def _seal(self, waiting: _Waiting) -> Piece:
+        if waiting.piece is None:
+            data = waiting.parts[0] if len(waiting.parts) == 1 else b"".join(waiting.parts)
+            waiting.piece = self.writer.piece(waiting.offset, data)
+            waiting.parts.clear()
+        return waiting.piece
+
+    # --- waiting ---
+
+    async def settled(self, node: int) -> None:
+        """Returns when nothing is under way for a file: reads show what was written, if it could be."""
+        while (file := self.files.get(node)) is not None:
+            await self._over(file, file.taken)
+
+    async def all_settled(self) -> None:
+        while self.files:
+            await self.settled(next(iter(self.files)))
+
+    async def _room(self, tasks: Tasks, node: int, size: int) -> None:
+        while (file := self.files.get(node)) is not None and file.bytes + size > WRITE_BEHIND_FILE_BYTES_MAX:
+            await self._over(file, file.done + 1)
+        while self.files and self.bytes + size > WRITE_BEHIND_BYTES_MAX:
+            file = max(self.files.values(), key=_bytes)
+            await self._over(file, file.done + 1)
+
+    async def _over(self, file: _File, upto: int) -> None:
+        """As `_wait`; how it ended is the business of others."""
+        assert self.volume.tasks is not None  # else nothing is ever under way
+        with suppress(errors.AspenError):
+            await self._wait(self.volume.tasks, file, upto)
+
+    @staticmethod
+    async def _wait(tasks: Tasks, file: _File, upto: int) -> None:
+        """Returns when `upto` writes of the file are committed. The error of those that are not."""
+        if file.done < upto:
+            waiter = _Waiter(tasks.event(), upto)
+            file.waiters.append(waiter)
+            await waiter.signal.wait()
+            if waiter.error is not None:
+                raise waiter.error
+
+    # --- working ---
+
+    async def _run(self, node: int, file: _File) -> None:
+        """Commits what waits until nothing does; after an error what is behind it is given up too, since it
+        was written by who believed that the bytes before are there."""
+        failure: errors.AspenError | None = None
+        try:
+            while file.waiting:
+                await self._commit(node, file)
+        except errors.AspenError as error:
+            failure = error
+        except BaseException as error:
+            failure = errors.Lost(f"writes to inode {node} were given up: {error!r}")
+            raise
+        finally:
+            del self.files[node]
+            if failure is not None:
+                self._fail(node, file, failure)
+            self._wake(file, failure)
+
+    async def _commit(self, node: int, file: _File) -> None:
+        """One transaction. Until it is over nothing is added to what it carries."""
+        some = list(islice(file.waiting, BLOBS_MAX))
+        starts = await self.writer.write_some(node, [self._seal(waiting) for waiting in some])
+        for waiting, start in zip(some, starts, strict=False):
+            file.waiting.popleft()
+            self._done_with(file, waiting)
+            if start != waiting.believed:
+                self.displaced(node)
+        self._wake(file, None)
+
+    def _done_with(self, file: _File, waiting: _Waiting) -> None:
+        file.bytes -= waiting.length
+        self.bytes -= waiting.length
+        file.done += waiting.writes
+        if waiting.piece is not None:
+            self.writer.done_with(waiting.piece)
+
+    def _fail(self, node: int, file: _File, error: errors.AspenError) -> None:
+        while file.waiting:
+            self._done_with(file, file.waiting.popleft())
+        if self.returns_early:
+            self.failures[node] = self.failures.get(node, (0, error))[0] + 1, error
+        self.displaced(node)
+
+    @staticmethod
+    def _wake(file: _File, error: errors.AspenError | None) -> None:
+        waiters, file.waiters = file.waiters, []
+        for waiter in waiters:
+            if error is None and waiter.upto > file.done:
+                file.waiters.append(waiter)
+            else:
+                waiter.error = error
+                waiter.signal.set()
+
+
+def _bytes(file: _File) -> int:
+    return file.bytes

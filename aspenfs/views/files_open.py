@@ -1,0 +1,81 @@
+"""An open regular file of files/, as one descriptor of a program has it.
+
+On a node alone a write is accepted when write(2) returns. On several it is committed by then, or,
+where the kernel tells of each close, by the time close(2) or fsync(2) return (`filesystem/write_behind.py`):
+then these return the error of a commit that failed. Reads of this host show what was written here.
+"""
+
+import os
+from typing import TYPE_CHECKING
+
+from aspenfs import errors
+from aspenfs.vfs.tree import OpenFile, is_write_back
+
+if TYPE_CHECKING:
+    from aspenfs.views.files import FilesTree
+
+
+class OpenInode(OpenFile):
+    __slots__ = ("failures", "flags", "node", "tree")
+
+    def __init__(self, tree: "FilesTree", node: int, flags: int) -> None:
+        self.tree, self.node, self.flags = tree, node, flags
+        self.failures = tree.writes.failures[node][0] if node in tree.writes.failures else 0  # told already
+
+    async def read(self, offset: int, size: int) -> bytes:
+        tree = self.tree
+        if tree.writes.files:
+            await tree.writes.settled(self.node)
+        try:
+            inode = tree.volume.inode(self.node)
+            try:
+                data = tree.content.read(self.node, offset, size, inode.size)
+            except errors.Corrupt as problem:
+                data = await tree.content.read_through(self.node, offset, size, problem)
+        except errors.NotFound as error:  # this host was away for too long, and nobody kept the file for it
+            raise errors.Stale(str(error)) from None
+        tree.was_read(self.node, inode)
+        return data  # type: ignore[return-value]  # any buffer will do for the kernel
+
+    async def write(self, offset: int, data: bytes) -> int:
+        tree, node = self.tree, self.node
+        if tree.store.alone and node not in tree.writes.files:
+            at = await self._place(offset, len(data)) if self.flags & os.O_APPEND else offset
+            await tree.writer.write(node, at, data)
+            return len(data)
+        self._tell_failure()
+        at = await self._place(offset, len(data)) if self.flags & os.O_APPEND else offset
+        await tree.writes.write(node, at, offset, data)
+        return len(data)
+
+    async def _place(self, offset: int, size: int) -> int | None:
+        """Where a write by a handle that appends goes; None: to the end, wherever that is at apply."""
+        tree, node = self.tree, self.node
+        if self.flags & os.O_ACCMODE == os.O_RDWR and node in tree.writes.files:
+            await tree.writes.settled(node)  # else the end is not known here
+        believed = tree.appended_to.get(node)
+        if believed is not None and offset == believed and not tree.store.alone:
+            return None  # another host may have moved the end: the kernel appends where it believes it to be
+        end = tree.size_of(node)
+        return offset if is_write_back(self.flags, offset, size, end) else None
+
+    def _tell_failure(self) -> None:
+        """Raises the error of writes that failed after they had returned, once for each open file."""
+        count, error = self.tree.writes.failures.get(self.node, (0, None))
+        if error is not None and count > self.failures:
+            self.failures = count
+            raise error.with_traceback(None)
+
+    async def flush(self) -> None:
+        if self.tree.writes.files:
+            await self.tree.writes.settled(self.node)
+        self._tell_failure()
+
+    async def sync(self, data_only: bool) -> None:
+        await self.flush()
+        await self.tree.store.committed()
+
+    async def release(self) -> None:
+        if self.tree.writes.files:
+            await self.tree.writes.settled(self.node)
+        self.tree.released(self.node)
