@@ -2,11 +2,12 @@
 
 import gc
 import os
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import wraps
 from pathlib import Path
-from typing import NamedTuple, ParamSpec
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import trio
 
@@ -22,6 +23,7 @@ from aspenfs.runtime.system import SystemClock, SystemEntropy
 CLOCK, ENTROPY = SystemClock(), SystemEntropy()
 CLUSTER_ID = b"c" * 16
 P = ParamSpec("P")
+T = TypeVar("T")
 SECONDS_MAX = 20  # for one condition; never waited out unless something is wrong
 
 
@@ -108,6 +110,38 @@ def make_nodes(directory: Path, count: int, authority: Authority | None = None) 
     authority = authority or make_authority()
     return [Node(make_credentials(directory / f"n{number}", authority, number))
             for number in range(1, count + 1)]  # fmt: skip
+
+
+class Background:
+    """Nodes that run in a thread of their own, for tests that speak to them by plain sockets."""
+
+    def __init__(self, make: Callable[[], Sequence[Node]]) -> None:
+        """`make` is called in the loop."""
+        self._make = make
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=trio.run, args=(self._main,))
+
+    def __enter__(self) -> "Background":
+        self._thread.start()
+        assert self._started.wait(SECONDS_MAX)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        trio.from_thread.run_sync(self._scope.cancel, trio_token=self._token)
+        self._thread.join(SECONDS_MAX)
+        assert not self._thread.is_alive()
+
+    async def _main(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        with trio.CancelScope() as self._scope:
+            self.nodes = self._make()
+            async with running(*self.nodes):
+                self._started.set()
+                await trio.sleep_forever()
+
+    def run(self, function: Callable[..., Awaitable[T]], *arguments: object) -> T:
+        """In the loop's thread; what it returns or raises."""
+        return trio.from_thread.run(function, *arguments, trio_token=self._token)
 
 
 def in_trio(test: Callable[P, Awaitable[None]]) -> Callable[P, None]:
