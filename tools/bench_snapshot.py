@@ -112,9 +112,12 @@ async def measure(place: Path, rows: int, value_bytes: int) -> dict[str, Any]:
 
     nothing = await timed(idle)
     fetched = await timed(fetch)
-    results = [figures("nothing", 0, 0, nothing), figures("read by the sender", rows, size, await timed(read)),
-               figures("fetched, checked, synced", rows, size, fetched),
-               figures("state digest", rows, size, await timed(digest))]  # fmt: skip
+    results = [
+        figures("nothing", 0, 0, nothing),
+        figures("read by the sender", rows, size, await timed(read)),
+        figures("fetched, checked, synced", rows, size, fetched),
+        figures("state digest", rows, size, await timed(digest)),
+    ]
     before = state.size_bytes()
     await server.open(3, {"index": 0})
     for turn in range(8):
@@ -129,8 +132,20 @@ async def measure(place: Path, rows: int, value_bytes: int) -> dict[str, Any]:
     return {"rows": rows, "bytes": size, "results": results, "file_bytes": sizes}
 
 
+def show(found: dict[str, Any]) -> None:
+    what = f"{found['rows']} rows, {found['bytes'] / MIB:.0f} MiB"
+    print(f"{what}; waits of the loop: median, 99 %, longest (ms)")
+    for one in found["results"]:
+        speed = f"{one['rows_per_s']:>9} rows/s {one['mib_per_s']:6.1f} MiB/s"
+        waits = f"{one['wait_median_ms']:.2f} {one['wait_p99_ms']:.2f} {one['wait_max_ms']:.2f}"
+        print(f"{one['what']:26} {one['seconds']:6.2f} s {speed}   {waits}")
+    for name, size in found["file_bytes"].items():
+        print(f"file, {name}: {size / MIB:.0f} MiB")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--value-bytes", type=int, default=96)
     parser.add_argument("--json", action="store_true")
@@ -139,13 +154,8 @@ def main() -> None:
         found = trio.run(measure, Path(place), arguments.rows, arguments.value_bytes)
     if arguments.json:
         print(json.dumps(found))
-        return
-    print(f"{found['rows']} rows, {found['bytes'] / MIB:.0f} MiB; waits of the loop in ms: median, 99 %, longest")
-    for one in found["results"]:
-        print(f"{one['what']:26} {one['seconds']:6.2f} s {one['rows_per_s']:>10} rows/s {one['mib_per_s']:7.1f} MiB/s"
-              f"   {one['wait_median_ms']:.2f} {one['wait_p99_ms']:.2f} {one['wait_max_ms']:.2f}")  # fmt: skip
-    for name, size in found["file_bytes"].items():
-        print(f"file, {name}: {size / MIB:.0f} MiB")
+    else:
+        show(found)
 
 
 if __name__ == "__main__":

@@ -286,6 +286,15 @@ class StateDb:
         """Bytes of the file that are in use or free for reuse; it never shrinks."""
         return (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
 
+    def copy_to(self, path: str | os.PathLike[str]) -> None:
+        """What is applied, in a new environment in the directory `path`, made now and not yet durable;
+        as small as it can be. NoSpace, StorageError."""
+        os.mkdir(path, mode=0o700)
+        try:
+            self._env.copy(os.fspath(path), compact=True)
+        except lmdb.Error as error:
+            raise _translated(error, self._path) from error
+
     @contextmanager
     def snapshot(self) -> Iterator["Snapshot"]:
         """What is applied now, standing still, for a walk in any thread. It pins pages: end it soon.
