@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import click
@@ -13,7 +14,6 @@ from aspenfs.cli.kv import json_option
 from aspenfs.cli.output import EXIT_CODES_HELP, failures, flush, print_json, span, utc
 from aspenfs.cli.table import print_table
 
-_NS_PER_S = 1_000_000_000
 _HEAD = ("NAME", "ID", "ROLE", "STATE", "LAG", "ADDRESS")
 
 
@@ -60,7 +60,7 @@ STATE  here: the node that answers; connected and unreachable as that node sees 
 LAG    entries of the log that it lacks of what the leader has
 
 \b
-With --json: [{{"id", "name", "role", "state", "lag", "addresses", "cause", "since"}}].
+With --json: [{{"name", "id", "role", "state", "lag", "addresses", "since", "cause"}}].
 
 {EXIT_CODES_HELP}""")
 @click.option("--removed", is_flag=True, help="Those too that were removed.")
@@ -69,18 +69,21 @@ With --json: [{{"id", "name", "role", "state", "lag", "addresses", "cause", "sin
 def list_(settings: Settings, removed: bool, as_json: bool) -> None:
     """List the members."""
     with failures(), settings.client() as client:
-        rows = client.call("member.list", removed=removed).result["members"]
+        found = client.call("member.list", removed=removed).result["members"]
+    rows = [for_readers(row) for row in found]
     if as_json:
-        print_json([for_programs(row) for row in rows])
+        print_json(rows)
     else:
         print_members(rows)
     flush()
 
 
-def for_programs(row: Mapping[str, Any]) -> dict[str, Any]:
+def for_readers(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of `cluster_view.member_rows` as it is shown everywhere."""
     since_ns = row["since_ns"]
-    told = {name: row[name] for name in ("id", "name", "role", "state", "lag", "cause")}
-    return {**told, "addresses": list(row["addresses"]), "since": utc(since_ns) if since_ns else None}
+    told = {name: row[name] for name in ("name", "id", "role", "state", "lag")}
+    since = utc(since_ns) if since_ns else None
+    return {**told, "addresses": list(row["addresses"]), "since": since, "cause": row["cause"]}
 
 
 def print_members(rows: Sequence[Mapping[str, Any]], *, indent: str = "") -> None:
@@ -91,9 +94,9 @@ def print_members(rows: Sequence[Mapping[str, Any]], *, indent: str = "") -> Non
 
 
 def _state(row: Mapping[str, Any]) -> str:
-    if row["state"] != "unreachable" or not row["since_ns"]:
+    if row["state"] != "unreachable" or not row["since"]:
         return str(row["state"])
-    seconds = max(0, time.time_ns() - row["since_ns"]) // _NS_PER_S
+    seconds = max(0, int(time.time() - datetime.fromisoformat(row["since"]).timestamp()))
     return f"unreachable for {span(seconds)}"
 
 

@@ -17,6 +17,7 @@ from aspenfs import errors
 from aspenfs.cli.aspen import Settings
 from aspenfs.cli.kv import json_option
 from aspenfs.cli.lock import holder_pid
+from aspenfs.cli.member import print_members
 from aspenfs.cli.output import EXIT_CODES_HELP, EXIT_REFUSED, EXIT_UNREACHABLE, failures, flush, print_json
 from aspenfs.cli.paths import ROOT_STATE_DIR, StateDirectory
 from aspenfs.fuse import mounts
@@ -24,7 +25,7 @@ from aspenfs.runtime import identity
 
 _FREE_SHARE_MIN = 0.05  # of the disk under the state directory
 # Said already in other words, or meant for programs.
-_NOT_SHOWN = ("health", "problems", "metrics", "figures")
+_NOT_SHOWN = ("health", "problems", "metrics", "figures", "members")
 
 
 class Problem(NamedTuple):
@@ -95,7 +96,7 @@ def _problems(directory: StateDirectory, daemon: Mapping[str, Any]) -> list[Prob
 
 def _not_running(directory: StateDirectory, cause: str) -> Problem:
     """Why no daemon answers, as far as its state directory tells."""
-    make = "make one: tools/up MOUNTPOINT, or mount -t aspen -o create NAME MOUNTPOINT"
+    make = "make one: aspen init NAME MOUNTPOINT; or join a cluster: aspen join TICKET MOUNTPOINT"
     if not directory.path.exists():
         if os.geteuid() != 0 and ROOT_STATE_DIR.exists() and directory.path != ROOT_STATE_DIR:
             return Problem(f"no node of yours: {directory.path} does not exist",
@@ -142,6 +143,9 @@ def _show(directory: StateDirectory, daemon: Mapping[str, Any] | None, problems:
     width = max(map(len, rows), default=0)
     for name, value in rows.items():
         click.echo(f"  {name.replace('_', ' '):{width}}  {_text(name, value)}")
+    if told.get("members"):
+        click.echo()
+        print_members(told["members"], indent="  ")
 
 
 def _text(name: str, value: Any) -> str:

@@ -5,10 +5,12 @@ The keys that `views/cluster.py` and `cli/status.py` know, and below `metrics` t
 
 import os
 import resource
+import time
 from collections.abc import Mapping
 from typing import Any, Final
 
 from aspenfs.blobs.store import BlobStore
+from aspenfs.cli.cluster_status import ClusterFacts, Told, describe_cluster
 from aspenfs.cli.options import MountOptions
 from aspenfs.filesystem.volume import Volume
 from aspenfs.fuse.notifier import Notifier
@@ -35,14 +37,16 @@ def describe(
     volume: Volume,
     filesystem: FileSystem,
     notifier: Notifier,
+    cluster: ClusterFacts | None = None,
 ) -> Mapping[str, Any]:
     """The state of a node with one mount, as plain values."""
     figures = dict(store.status())
     chunks, told = blobs.stats(), notifier.statistics()
+    others = describe_cluster(cluster, time.time_ns()) if cluster is not None else Told({}, [], {})
     state = str(figures.pop("state"))
     name = str(figures["cluster"])
-    healthy = state == "ok"
-    problems = [] if healthy else [_CONDITIONS[state]]
+    problems = [] if state == "ok" else [_CONDITIONS[state]]
+    problems += [problem._asdict() for problem in others.problems]
     numbers: dict[str, int | float] = {
         **{key: value for key, value in figures.items() if isinstance(value, int)},
         "inodes": volume.inode_count(),
@@ -55,23 +59,23 @@ def describe(
         "invalidations": told.told,
         "invalidations_pending": told.pending,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        **others.figures,
     }
     if chunks.damaged:
         problems.append({
             "cause": f"{chunks.damaged} blobs are damaged on disk",
             "advice": "run `aspen check` to see which files they belong to, and restore those",
         })
-        healthy = False
     return {
         "name": name,
         "cluster_id": figures["cluster_id"],
         "pid": os.getpid(),
         "mountpoint": options.mountpoint,
         "subtree": options.subtree,
-        "health": {"ok": healthy, **(problems[0] if problems else {})},
+        "health": {"ok": not problems, **(problems[0] if problems else {})},
         "problems": problems,
-        "leader": f"node {figures['node']}",
-        "members": [{"name": f"node {figures['node']}", "role": "voter", "state": state}],
+        "state": state,
+        **others.fields,
         "revision": figures["revision"],
         "figures": numbers,
         "metrics": {

@@ -43,7 +43,18 @@ def test_a_daemon_without_problems_is_healthy(directory: Path) -> None:
         directory / "ctl.sock",
         lambda: {
             "name": "demo",
-            "members": [{"name": "node 1", "role": "voter"}],
+            "members": [
+                {
+                    "name": "db1",
+                    "id": 1,
+                    "role": "leader",
+                    "state": "here",
+                    "lag": 0,
+                    "addresses": ["192.0.2.7:7420"],
+                    "since": None,
+                    "cause": "",
+                },
+            ],
             "figures": {"blob_bytes": 5 << 20},
             "metrics": {"aspen_blob_bytes": {"type": "gauge", "value": 5 << 20}},
         },
@@ -52,8 +63,10 @@ def test_a_daemon_without_problems_is_healthy(directory: Path) -> None:
         assert lines[0] == "healthy"
         assert [line.split() for line in lines[1:]] == [
             ["name", "demo"],
-            ["members", "node", "1", "voter"],
             ["blob", "bytes", "5", "MiB"],
+            [],
+            ["NAME", "ID", "ROLE", "STATE", "LAG", "ADDRESS"],
+            ["db1", "1", "leader", "here", "0", "192.0.2.7:7420"],
         ]
         body = json.loads(status(directory, "--json", code=HEALTHY).output)
     assert body["running"] is True
@@ -84,14 +97,14 @@ def test_where_no_node_ever_was_it_tells_how_to_make_one(directory: Path) -> Non
     output = status(directory / "none", code=NOT_RUNNING).output
     assert output.startswith("not running\n")
     assert "does not exist" in output
-    assert "mount -t aspen" in output
+    assert "aspen init" in output
 
 
 def test_a_directory_without_a_cluster_is_no_node_yet() -> None:
     with short_directory() as path:
         output = status(path, code=NOT_RUNNING).output
     assert "holds no cluster" in output
-    assert "-o create" in output
+    assert "aspen init" in output
 
 
 def test_a_stopped_node_is_not_running(directory: Path) -> None:

@@ -1,0 +1,85 @@
+"""What a node tells of the cluster: for `cluster/`, `aspen status`, `aspen join` and Prometheus.
+
+Belongs here: choosing from what is known, and wording it. Not here: the facts themselves
+(`runtime/cluster_view.py`, `runtime/lags.py`), figures of this node alone (`telemetry.py`).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from aspenfs.cli.member import for_readers
+from aspenfs.cli.output import utc
+from aspenfs.runtime import cluster_view
+from aspenfs.runtime.cluster_view import Problem
+from aspenfs.runtime.consensus import Consensus
+from aspenfs.runtime.control_cluster import Peering
+from aspenfs.runtime.lags import Lags
+from aspenfs.runtime.members import Members
+from aspenfs.runtime.snapshots.client import Progress
+
+
+class BlobFacts(NamedTuple):
+    """Chunks that files of the cluster name."""
+
+    missing: int = 0  # here; they are being fetched
+    unavailable: int = 0  # of these no node that is reached has one
+
+
+class ClusterFacts(NamedTuple):
+    """Where it is all known. The calls give what holds now."""
+
+    node: int  # this one
+    members: Members
+    lags: Lags
+    consensus: Consensus
+    peering: Peering
+    blobs: Callable[[], BlobFacts]
+    snapshot: Callable[[], Progress | None]  # that this node is fetching
+
+
+class Told(NamedTuple):
+    fields: Mapping[str, Any]  # of the status
+    problems: list[Problem]
+    figures: Mapping[str, int | float]
+
+
+def describe_cluster(facts: ClusterFacts, now_ns: int) -> Told:
+    members, consensus, peering = facts.members, facts.consensus, facts.peering
+    raft = consensus.replica.raft
+    rows = cluster_view.member_rows(members, facts.lags, peering.network, facts.node)
+    problems = cluster_view.problems(rows, raft.configuration, raft.leader, facts.node)
+    network, keeper, blobs = peering.network, peering.keeper, facts.blobs()
+    if keeper is not None and (problem := cluster_view.certificate_problem(keeper.expires_ns, now_ns)):
+        problems.append(problem)
+    if blobs.unavailable:
+        problems.append(_unavailable(blobs.unavailable))
+    shown = [for_readers(row) for row in rows if row["state"] != "removed"]
+    fields: dict[str, Any] = {
+        "node": facts.node,
+        "leader": cluster_view.name_of(members, raft.leader) if raft.leader else None,
+        "term": raft.term,
+        "members": shown,
+        "listen": peering.settings.listen if network is not None and peering.settings is not None else None,
+        "certificate_expires": utc(keeper.expires_ns) if keeper is not None else None,
+    }
+    progress = facts.snapshot()
+    if progress is not None:
+        fields["snapshot"] = {"from": cluster_view.name_of(members, progress.source), "bytes": progress.bytes,
+                              "bytes_total": progress.bytes_total}  # fmt: skip
+    figures = {
+        "leads": int(consensus.leading),
+        "term": raft.term,
+        "members": len(shown),
+        "members_unreachable": sum(row["state"] == "unreachable" for row in shown),
+        "blobs_missing": blobs.missing,
+        "blobs_unavailable": blobs.unavailable,
+    }
+    lag = facts.lags.of(facts.node)
+    return Told(fields, problems, figures if lag is None else {**figures, "lag": lag})
+
+
+def _unavailable(count: int) -> Problem:
+    return Problem(
+        f"{count} chunks of files are on no node that is reached: reading those files gives EIO",
+        "start the nodes that are down: one of them has the chunks",
+    )
