@@ -169,15 +169,13 @@ class Orphans:
             self._take_care()
 
     def _changed(self) -> None:
-        """This node is alone no more, or again. Orphans of one that was alone are ours, those of several
-        hosts may be ours to end when we are the last."""
+        """This node is alone no more, or again: then what others left may be ours to end."""
         self._shared = not self.store.alone
         self._marks.clear()
-        for node in list(self.kept):
-            if self._shared:
-                self.doomed[node] = None
-            elif not self.is_open(node) and not self.is_known(node):
-                self._doom(node)
+        if not self._shared:
+            for node in list(self.kept):
+                if not self.is_open(node) and not self.is_known(node):
+                    self._doom(node)
 
     async def _settle(self, upto: int) -> None:
         """Holds by rows what is used here of the orphans up to a revision, and acknowledges that revision."""

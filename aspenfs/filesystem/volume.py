@@ -111,6 +111,11 @@ class Volume:
             origin=self,
         )
 
+    @property
+    def formatted(self) -> bool:
+        """Whether there is a root directory."""
+        return self.store.get(layout.inode_key(layout.ROOT)) is not None
+
     async def new_id(self) -> int:
         """An inode id, unique for ever: hosts reserve blocks of them in the log (ADR 0004)."""
         while self._next_id >= self._last_id:

@@ -12,6 +12,7 @@ decided by a seed, in virtual time (`trio.testing.MockClock`), so a run that fai
 
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import trio
@@ -26,10 +27,12 @@ from aspenfs.kv.engine import Engine
 from aspenfs.kv.memory import MemoryState
 from aspenfs.kv.state import Outcome
 from aspenfs.kv.store import Dedup, Observer
-from aspenfs.kv.types import Batch, Compare, Operation, Record, TxnResult
+from aspenfs.kv.types import Batch, Compare, Event, Operation, Record, TxnResult
 from aspenfs.limits import PROPOSAL_TIMEOUT_MS
+from aspenfs.vfs.tree import Usage
+from aspenfs.views.files import FilesTree
 from tests.filesystem.volumes import MemoryBlobs
-from tests.views.subject import CountingEntropy
+from tests.views.subject import Mounted
 
 EPOCH_NS = 1_700_000_000_000_000_000
 TIMEOUT_S = PROPOSAL_TIMEOUT_MS / 1000
@@ -61,7 +64,7 @@ class HostStore:
     def __init__(self, hosts: "Hosts", node_id: int, delay: Callable[[], float]) -> None:
         self.hosts, self.node_id, self.delay = hosts, node_id, delay
         self.state = MemoryState()
-        self.engine = Engine(self.state, hosts.clock, CountingEntropy(), trio.Event)
+        self.engine = Engine(self.state, hosts.clock, hosts, trio.Event)
         self.get, self.range, self.scan = self.engine.get, self.engine.range, self.engine.scan
         self.outcomes: dict[int, Outcome] = {}  # of entries that somebody here waits for
         self.paused = False  # applies nothing: a slow host
@@ -101,12 +104,20 @@ class HostStore:
 
     async def pump(self) -> None:
         while True:
-            if self.revision < len(self.hosts.log) and not (self.paused or self.cut):
-                await trio.sleep(self.delay())
-                if self.revision < len(self.hosts.log) and not (self.paused or self.cut):
-                    self.apply_next()
-            else:
+            if not self._has_work():
                 await self.hosts.changed.wait()
+                continue
+            await trio.sleep(self.delay())
+            if self._has_work():
+                self.apply_next()
+
+    def _has_work(self) -> bool:
+        return self.revision < len(self.hosts.log) and not (self.paused or self.cut)
+
+    def go_on(self) -> None:
+        """After `paused` or `cut`."""
+        self.paused = self.cut = False
+        self.hosts.tell()
 
     async def _until(self, index: int) -> None:
         with trio.move_on_after(TIMEOUT_S):
@@ -192,6 +203,70 @@ class HostStore:
         await self._until(revision)
 
 
+class Beside:
+    """The Tasks port over a nursery; an error of ours is for those who wait, any other fails the test."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.nursery = nursery
+
+    def event(self) -> trio.Event:
+        return trio.Event()
+
+    def spawn(self, work: Callable[[], Awaitable[None]]) -> None:
+        self.nursery.start_soon(work)
+
+
+class Host:
+    """files/ mounted on one host, with its housekeeping, but no kernel: `mounted` drives it by paths."""
+
+    def __init__(self, hosts: "Hosts", node_id: int, delay_s: float = 0.002) -> None:
+        self.hosts = hosts
+        self.scope = trio.CancelScope()
+        self.store = hosts.store(node_id, delay_s)
+        self.volume = Volume(self.store, hosts.blobs, hosts.clock)
+        self.tree = FilesTree(self.volume, lambda: Usage(4096, 100, 50, 0, 0))
+        self.mounted = Mounted(self.tree)
+        self.store.observe(self._observe)
+        self.rounds = True
+
+    async def start(self) -> None:
+        await self.hosts.nursery.start(self._run)
+        await self.volume.format()
+        self.tree.orphans.recover()
+        await self.tree.orphans.round()
+
+    async def _run(self, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
+        with self.scope:
+            async with trio.open_nursery() as nursery:
+                self.volume.tasks = Beside(nursery)
+                nursery.start_soon(self._upkeep)
+                task_status.started()
+
+    async def _upkeep(self) -> None:
+        while True:
+            await trio.sleep(0.5)
+            if self.rounds:
+                with suppress(errors.NoQuorum):
+                    await self.tree.orphans.round()
+                    await self.tree.reap()
+
+    def _observe(self, revision: int, events: Sequence[Event], origin: object) -> None:
+        if not self.store.alone:
+            for event in events:
+                self.tree.noticed(event)
+
+    def kill(self) -> None:
+        """As SIGKILL does it: whatever it was about to do, it does not."""
+        self.store.cut = True
+        self.scope.cancel()
+
+    async def unmount(self) -> None:
+        self.tree.orphans.unmounted()
+        await self.tree.orphans.session.close()
+        await self.tree.reap()
+        self.kill()
+
+
 class Hosts:
     """The agreed log and those who follow it. `random` is the only source of chance."""
 
@@ -202,8 +277,11 @@ class Hosts:
         self.log: list[Entry] = []
         self.alone = False
         self.changed = trio.Event()
-        self.hosts: list[Any] = []
+        self.hosts: list[Host] = []
         self.nursery: trio.Nursery
+
+    def random_bytes(self, size: int) -> bytes:
+        return self.random.randbytes(size)
 
     def tell(self) -> None:
         self.changed.set()
@@ -215,6 +293,19 @@ class Hosts:
         store.catch_up()
         self.nursery.start_soon(store.pump)
         return store
+
+    async def host(self, node_id: int, delay_s: float = 0.002) -> Host:
+        """files/ mounted on one host more."""
+        host = Host(self, node_id, delay_s)
+        await host.start()
+        self.hosts.append(host)
+        return host
+
+    async def everywhere(self) -> None:
+        """Returns when every host that is there has applied all that is agreed."""
+        for host in self.hosts:
+            if not host.store.cut:
+                await host.store.barrier()
 
     def volume(self, node_id: int, delay_s: float = 0.002) -> Volume:
         return Volume(self.store(node_id, delay_s), self.blobs, self.clock)
