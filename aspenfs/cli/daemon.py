@@ -40,7 +40,7 @@ from aspenfs.runtime.disk import RealDisk
 from aspenfs.runtime.host import NodeStore
 from aspenfs.runtime.reserve import Reserve
 from aspenfs.runtime.system import SystemClock, SystemEntropy
-from aspenfs.vfs.filesystem import FileSystem
+from aspenfs.vfs.filesystem import ROOT_INODE, FileSystem
 from aspenfs.vfs.tree import Usage
 from aspenfs.views import VIEWS, Resources
 from aspenfs.views.files import FilesTree
@@ -97,8 +97,8 @@ class Node:
         self.upkeep = Upkeep(files, self.volume, self.blobs)
         self.origins = (self.volume, kv.origin)
         barrier = None if options.consistency == "stale" else self.store.barrier
-        self.filesystem = FileSystem(list(trees.values()), clock.time_ns(), barrier)
-        self.notifier = Notifier(lambda: list(self.filesystem.known))
+        self.filesystem = FileSystem(list(trees.values()), clock.time_ns(), barrier, trio.lowlevel.checkpoint)
+        self.notifier = Notifier(lambda: [ROOT_INODE, *self.filesystem.known])
         self.stop = trio.Event()
         if options.consistency == "strict":
             for tree in trees.values():
@@ -131,7 +131,7 @@ class Node:
         notifier = self.notifier
         for event in events:
             for inode, data, parent, name in self.filesystem.stale(event):
-                if inode is not None and inode in self.filesystem.known:
+                if inode is not None and self.filesystem.knows(inode):
                     notifier.touch(inode, data)
                 if parent is not None:
                     notifier.entry(parent, name)

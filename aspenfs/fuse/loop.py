@@ -100,6 +100,12 @@ def active() -> Hook | None:
     return _hook
 
 
+def serving() -> object | None:
+    """pyfuse3's coroutine that serves the request under way, if the hook is there to know."""
+    session = None if _hook is None else _hook.session
+    return None if session is None else session.serving()
+
+
 def _wrong_version() -> str | None:
     for package, series in PINNED.items():
         version = importlib.metadata.version(package)

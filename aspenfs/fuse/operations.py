@@ -13,15 +13,18 @@ from typing import Any, Final, NamedTuple, TypeVar, cast
 import pyfuse3
 
 from aspenfs import errors
-from aspenfs.limits import NAME_BYTES_MAX
+from aspenfs.fuse import loop
+from aspenfs.fuse.requests import OPENDIR, Requests
+from aspenfs.limits import KIB, NAME_BYTES_MAX
 from aspenfs.vfs.filesystem import FileSystem
 from aspenfs.vfs.tree import Attr, SetAttr, Tree
 
 log = logging.getLogger(__name__)
 
 Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
-READDIR_BATCH: Final = 256
-DOTS: Final = 2  # . and .. come before a listing's own entries
+READDIR_BYTES: Final = 32 * KIB  # what getdents(2) of the C library asks for
+DIRENTPLUS_BYTES_MIN: Final = 160  # linux/fuse.h, struct fuse_direntplus and a short name
+DOTS: Final = 2  # . and .. come before a directory's own entries, at positions 1 and 2
 FUSEError = pyfuse3.FUSEError
 
 
@@ -65,9 +68,20 @@ class Operations(pyfuse3.Operations):
     supports_dot_lookup = False
     enable_writeback_cache = False  # not coherent between hosts (DESIGN §5)
 
-    def __init__(self, filesystem: FileSystem, presentation: Presentation, *, acl: bool = False) -> None:
+    def __init__(
+        self,
+        filesystem: FileSystem,
+        presentation: Presentation,
+        *,
+        acl: bool = False,
+        directories_without_open: bool = True,
+    ) -> None:
+        """`directories_without_open`: the kernel may keep listings and open directories unasked. It learns of
+        changes by this mount's own calls and by the notifier. Not where an opendir must wait for others."""
         super().__init__()
         self.enable_acl = acl
+        self.directories_without_open = directories_without_open
+        self.requests = Requests(loop.serving)
         self.fs, self.show = filesystem, presentation
         self.plain = presentation._replace(sync=False) == Presentation()
         self._negative: dict[int, pyfuse3.EntryAttributes] = {}
@@ -259,38 +273,43 @@ class Operations(pyfuse3.Operations):
         await self.fs.release(fh)
 
     # --- directories ---
+    # They have no handles. Where the kernel does open them, their inode takes a handle's place.
 
     @answers
     async def opendir(self, inode: int, ctx: Any) -> int:
-        return await self.fs.opendir(inode)
+        if self.directories_without_open and self.requests.readable(OPENDIR, inode, ctx):
+            # The kernel remembers this answer: it opens directories by itself from now on, and keeps
+            # their listings until they change.
+            raise errors.NotImplementedHere("opendir")
+        await self.fs.opendir(inode)
+        return inode
 
     @answers
     async def readdir(self, fh: int, start_id: int, token: Any) -> None:
+        inode, size = (fh, READDIR_BYTES) if fh else self.requests.directory(start_id)
         fs, reply, attributes = self.fs, pyfuse3.readdir_reply, self._attributes
-        for at, (ino, tree, name, attr) in enumerate(await fs.dots(fh) if start_id < DOTS else ()):
+        for at, (child, tree, name, attr) in enumerate(await fs.dots(inode) if start_id < DOTS else ()):
             # The kernel makes no use of the attributes of these two, and counts no lookup.
-            if at >= start_id and not reply(token, name, attributes(ino, tree, attr), at + 1):
+            if at >= start_id and not reply(token, name, attributes(child, tree, attr), at + 1):
                 return
-        cookie = max(start_id - DOTS, 0)
-        while True:
-            tree, base, entries = await fs.readdir(fh, cookie, READDIR_BATCH)
-            if not entries:
-                return
-            for name, attr, cookie in entries:
-                ino = base | attr[0]
-                if not base:
-                    tree, ino = fs.tree_in_root(name)
-                if not reply(token, name, attributes(ino, tree, attr), cookie + DOTS):
+        position = start_id
+        while listed := await fs.names(inode, position, size // DIRENTPLUS_BYTES_MIN + 1):
+            found = await fs.listed(inode, [name for name, _ in listed])
+            for (name, position), entry in zip(listed, found, strict=True):
+                if entry is None:
+                    continue  # it went
+                child, tree, attr = entry
+                if not reply(token, name, attributes(child, tree, attr), position):
                     return
-                fs.remember(ino)  # it came with attributes, so it counts as a lookup
+                fs.remember(child)  # it came with attributes, so it counts as a lookup
 
     @answers
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        await self.fs.fsyncdir(fh)
+        await self.fs.sync()
 
     @answers
     async def releasedir(self, fh: int) -> None:
-        await self.fs.release(fh)
+        pass
 
     # --- the rest ---
 

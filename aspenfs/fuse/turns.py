@@ -34,11 +34,12 @@ _DONE: Final = _Done()
 
 
 class _Worker:
-    """One task of pyfuse3's, by identity. `task` is set from its first step on."""
+    """One task of pyfuse3's, by identity. `task` and `coroutine` are set from its first step on."""
 
-    __slots__ = ("task",)
+    __slots__ = ("coroutine", "task")
 
     task: trio.lowlevel.Task
+    coroutine: Coroutine[Any, Any, None]
 
 
 class Session:
@@ -99,10 +100,14 @@ class Session:
 
     async def _work(self, worker: _Worker, loop: SessionLoop, args: tuple[object, ...]) -> None:
         worker.task = trio.lowlevel.current_task()
+        # Without the wrapper that makes a trio task of it, which `_steps` is: this one is in sight of
+        # `requests.py`, and a frame less to go through.
+        loop = getattr(loop, "__wrapped__", loop)
         try:
             while True:
                 try:
-                    await self._steps(worker, loop(*args))
+                    worker.coroutine = loop(*args)
+                    await self._steps(worker, worker.coroutine)
                 except OSError as error:
                     if not _is_empty_read(error):
                         raise
@@ -147,6 +152,10 @@ class Session:
             self._start(*self._unborn.pop())
         else:
             self._holder = None
+
+    def serving(self) -> Coroutine[Any, Any, None] | None:
+        """The worker inside a request whose code runs now."""
+        return self._running.coroutine if self._serving and self._running is not None else None
 
     # --- the lock that pyfuse3 reads under ---
 

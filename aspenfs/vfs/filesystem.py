@@ -1,21 +1,23 @@
-"""The mounted whole: trees side by side, inode numbers, lookup counts and handles, as FUSE speaks of them.
+"""The mounted whole: trees side by side, inode numbers, lookup counts and open files, as FUSE speaks of them.
 
 An inode number is `[16 bits tree][48 bits node id]`. Tree 0 is the root directory, which lists the
 others; a subtree mount makes one directory of a tree the root instead. Number 1 is always the root.
 
 Lookup counts (fuse(4), FUSE_FORGET): the kernel's knowledge of an inode is counted up by each reply that
 carries an entry (lookup, mknod, mkdir, symlink, link, create, readdirplus) and down by forget. A tree
-learns that a node is forgotten when the count is 0 and no handle is open on it.
+learns that a node is forgotten when the count is 0 and no handle is open on it. Directories have no
+handles: the kernel knows one as long as anybody has it open.
 """
 
 import stat
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from aspenfs import errors
 from aspenfs.kv.types import Event
-from aspenfs.vfs.tree import Attr, Caller, Listing, OpenFile, SetAttr, Tree, Usage
+from aspenfs.vfs.listings import Listings
+from aspenfs.vfs.tree import Attr, Caller, OpenFile, SetAttr, Tree, Usage
 
 ROOT_INODE: Final = 1
 NODE_BITS: Final = 48
@@ -38,16 +40,19 @@ class RootTree(Tree):
     async def getattr(self, node: int) -> Attr:
         return self.attr
 
+    def list_names(self, node: int, behind: Any, limit: int) -> tuple[Sequence[bytes], Any]:
+        return list(self.trees), None
+
     async def statfs(self) -> Usage:
         return await next(iter(self.trees.values())).statfs()
 
 
 class Handle:
-    """An open file or directory of the kernel's."""
+    """An open file of the kernel's."""
 
     __slots__ = ("ino", "target", "tree")
 
-    def __init__(self, tree: Tree, ino: int, target: OpenFile | Listing) -> None:
+    def __init__(self, tree: Tree, ino: int, target: OpenFile) -> None:
         self.tree, self.ino, self.target = tree, ino, target
 
 
@@ -55,11 +60,17 @@ class FileSystem:
     """Routes operations on inode numbers to trees. Errors are those of `aspenfs.errors`."""
 
     def __init__(
-        self, trees: Sequence[Tree], now_ns: int, barrier: Callable[[], Awaitable[object]] | None = None
+        self,
+        trees: Sequence[Tree],
+        now_ns: int,
+        barrier: Callable[[], Awaitable[object]] | None = None,
+        breathe: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         """`barrier` returns when reads here see all that was committed anywhere before the call; None
-        answers from what is applied here (`-o consistency=stale`)."""
+        answers from what is applied here (`-o consistency=stale`). `breathe` is awaited between the
+        steps of long work, so that others get their turn."""
         self.barrier = barrier
+        self.listings = Listings(breathe)
         self.root_tree = RootTree(trees, now_ns)
         self.trees: list[Tree] = [self.root_tree, *trees]
         self.numbers = {id(tree): index << NODE_BITS for index, tree in enumerate(self.trees)}
@@ -75,6 +86,10 @@ class FileSystem:
 
     def _knows(self, base: int, node: int) -> bool:
         return base | node in self.known
+
+    def knows(self, ino: int) -> bool:
+        """Whether the kernel may hold anything about an inode. The root it knows without having asked."""
+        return ino in self.known or ino == ROOT_INODE
 
     async def use_subtree(self, path: bytes) -> None:
         """Makes the directory at `path` (from the whole mount's root) the root. NotFound, NotADirectory."""
@@ -201,7 +216,7 @@ class FileSystem:
 
     # --- handles ---
 
-    def _add_handle(self, tree: Tree, ino: int, target: OpenFile | Listing) -> int:
+    def _add_handle(self, tree: Tree, ino: int, target: OpenFile) -> int:
         fh = self.next_handle
         self.next_handle = fh + 1
         self.handles[fh] = Handle(tree, ino, target)
@@ -236,7 +251,7 @@ class FileSystem:
 
     def file(self, fh: int) -> OpenFile:
         handle = self.handles.get(fh)
-        if handle is None or not isinstance(handle.target, OpenFile):
+        if handle is None:
             raise errors.BadHandle(f"no open file {fh}")
         return handle.target
 
@@ -244,51 +259,48 @@ class FileSystem:
         handle = self._drop_handle(fh)
         if handle is None:
             return
-        if isinstance(handle.target, OpenFile):
-            await handle.target.release()
+        await handle.target.release()
         if handle.ino not in self.known and handle.ino not in self.open_counts:
             tree, node = self.locate(handle.ino)
             tree.forgotten(node)
 
-    async def opendir(self, ino: int) -> int:
-        tree, node = self.locate(ino)
+    # --- directories ---
+
+    async def opendir(self, ino: int) -> None:
+        """For the kernel that asks: what was committed anywhere before is in the listing that follows."""
         if self.barrier is not None:
             await self.barrier()
-        listing: Listing = RootListing(self) if tree is self.root_tree else await tree.opendir(node)
-        return self._add_handle(tree, ino, listing)
 
-    async def readdir(
-        self, fh: int, cookie: int, limit: int
-    ) -> tuple[Tree, int, Sequence[tuple[bytes, Attr, int]]]:
-        """(tree, base, entries) behind `cookie`: an entry's inode number is `base` with its node id.
+    async def names(self, ino: int, position: int, limit: int) -> Sequence[tuple[bytes, int]]:
+        """Up to `limit` names behind `position`, without . and .., see `Listings.after`."""
+        tree, node = self.locate(ino)
+        return await self.listings.after(tree, node, position, limit)
 
-        In the root directory each entry is the root of a tree of its own: see `tree_in_root`.
-        """
-        handle = self.handles.get(fh)
-        if handle is None or isinstance(handle.target, OpenFile):
-            raise errors.BadHandle(f"no open directory {fh}")
-        tree = handle.tree
-        return tree, self.numbers[id(tree)], await handle.target.after(cookie, limit)
+    async def listed(self, ino: int, names: Sequence[bytes]) -> list[tuple[int, Tree, Attr] | None]:
+        """What names that were listed are now, None: gone; not yet lookups, see `remember`."""
+        tree, node = self.locate(ino)
+        if tree is self.root_tree:
+            below = [await self._walk(tree, node, name) for name in names]
+            return [(self.ino_of(tree, attr.node), tree, attr) for tree, attr in below]
+        base = self.numbers[id(tree)]
+        return [
+            None if attr is None else (base | attr[0], tree, attr) for attr in await tree.listed(node, names)
+        ]
 
-    def tree_in_root(self, name: bytes) -> tuple[Tree, int]:
-        """The tree with that name and its root's inode number."""
-        tree = self.root_tree.trees[name]
-        return tree, self.ino_of(tree, tree.root)
-
-    async def dots(self, fh: int) -> list[tuple[int, Tree, bytes, Attr]]:
-        """The entries . and .. of an open directory."""
-        handle = self.handles.get(fh)
-        if handle is None:
-            raise errors.BadHandle(f"no open directory {fh}")
-        tree, node = self.locate(handle.ino)
-        here = handle.ino, tree, b".", await tree.getattr(node)
-        if handle.ino == ROOT_INODE:
-            return [here, (*here[:2], b"..", here[3])]
-        if node == tree.root:
-            above, up = self.root_tree, ROOT_INODE
-        else:
-            above, up = tree, tree.parent_of(node)  # type: ignore[assignment]
-        return [here, (self.ino_of(above, up), above, b"..", await above.getattr(up))]
+    async def dots(self, ino: int) -> list[tuple[int, Tree, bytes, Attr]]:
+        """The entries . and .. of a directory; none if it is gone."""
+        tree, node = self.locate(ino)
+        try:
+            here = ino, tree, b".", await tree.getattr(node)
+            if ino == ROOT_INODE:
+                return [here, (*here[:2], b"..", here[3])]
+            if node == tree.root:
+                above, up = self.root_tree, ROOT_INODE
+            else:
+                above, up = tree, tree.parent_of(node)  # type: ignore[assignment]
+            return [here, (self.ino_of(above, up), above, b"..", await above.getattr(up))]
+        except errors.NotFound:
+            return []
 
     # --- the rest ---
 
@@ -296,38 +308,20 @@ class FileSystem:
         tree, _ = self.locate(ino)
         return await tree.statfs()
 
-    async def fsyncdir(self, fh: int) -> None:
-        handle = self.handles.get(fh)
-        if handle is None:
-            raise errors.BadHandle(f"no open directory {fh}")
-        await handle.tree.sync()
-
     async def sync(self) -> None:
         for tree in self.trees:
             await tree.sync()
 
     def stale(self, event: Event) -> Iterable[tuple[int | None, bool, int | None, bytes]]:
-        """(inode, its data too, parent inode, name) of what a change from elsewhere made stale here."""
+        """(inode, its data too, parent inode, name) of what a change from elsewhere made stale here.
+
+        With a name goes the listing of its directory, which is the directory's data."""
         for tree in self.trees:
-            for touched in tree.touched(event):
-                node, data, parent, name = touched
-                yield (
-                    None if node is None else self.ino_of(tree, node),
-                    data,
-                    None if parent is None else self.ino_of(tree, parent),
-                    name,
-                )
+            for node, data, parent, name in tree.touched(event):
+                above = None if parent is None else self.ino_of(tree, parent)
+                yield None if node is None else self.ino_of(tree, node), data, above, name
+                if above is not None:
+                    yield above, True, None, b""
 
 
-class RootListing:
-    """The root directory, open."""
-
-    def __init__(self, filesystem: FileSystem) -> None:
-        self.filesystem = filesystem
-
-    async def after(self, cookie: int, limit: int) -> Sequence[tuple[bytes, Attr, int]]:
-        trees = list(self.filesystem.root_tree.trees.items())[cookie : cookie + limit]
-        return [(name, await tree.getattr(tree.root), cookie + i + 1) for i, (name, tree) in enumerate(trees)]
-
-
-__all__ = ["ROOT_INODE", "FileSystem", "Handle", "RootListing", "RootTree"]
+__all__ = ["ROOT_INODE", "FileSystem", "Handle", "RootTree"]

@@ -1,6 +1,6 @@
 """The interface of a tree: what a view must answer so that it can be mounted.
 
-Belongs here: the nouns of a file system without a kernel (Attr, Caller, OpenFile, Listing) and the
+Belongs here: the nouns of a file system without a kernel (Attr, Caller, OpenFile) and the
 base class `Tree`, whose defaults are those of a read-only tree. Not here: numbers of handles and
 inodes as the kernel sees them (`filesystem.py`), pyfuse3 (`fuse/`), anything of one tree (`views/`).
 
@@ -11,7 +11,7 @@ not need the network must not suspend: the fast path of the daemon depends on it
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from aspenfs import errors
 from aspenfs.kv.types import Event
@@ -119,17 +119,6 @@ class OpenFile:
         """At the last close; no error of it can reach anybody."""
 
 
-class Listing(Protocol):
-    """An open directory. A cookie is a position: 0 = the start, else one that `after` gave."""
-
-    async def after(self, cookie: int, limit: int) -> Sequence[tuple[bytes, Attr, int]]:
-        """Up to `limit` entries (name, attributes, cookie) behind `cookie`, without . and ..
-
-        An entry that is there from before the first call until after the last is given exactly
-        once, however the directory changes meanwhile (POSIX readdir). Empty = the end.
-        """
-
-
 class Tree:
     """A mountable tree; a subclass overrides what it can do. The defaults refuse changes with EROFS."""
 
@@ -159,8 +148,25 @@ class Tree:
         """`flags` of open(2), O_TRUNC included (the kernel leaves truncation to us)."""
         raise errors.NotFound(node)
 
-    async def opendir(self, node: int) -> Listing:
+    def list_names(self, node: int, behind: Any, limit: int) -> tuple[Sequence[bytes], Any]:
+        """Up to `limit` names in a directory, without . and .., and what `behind` must be to go on; None:
+        that was all. The first call says None.
+
+        In an order of the tree's own, in which a name has its place as long as it is there: what is there
+        from the first call until the last is given once, however the directory changes in between. A
+        directory that is gone, but still somebody's working directory, is empty. NotADirectory.
+        """
         raise errors.NotADirectory(node)
+
+    async def listed(self, node: int, names: Sequence[bytes]) -> list[Attr | None]:
+        """What names that `list_names` gave are now, as by `lookup`; None: gone."""
+        found: list[Attr | None] = []
+        for name in names:
+            try:
+                found.append(await self.lookup(node, name))
+            except errors.NotFound:
+                found.append(None)
+        return found
 
     def parent_of(self, node: int) -> int:
         """The directory that `..` of a directory leads to; the root's own parent is the root."""

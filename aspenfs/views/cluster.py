@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from aspenfs import errors
-from aspenfs.vfs.tree import Attr, Caller, Listing, OpenFile, Tree
+from aspenfs.vfs.tree import Attr, Caller, OpenFile, Tree
 
 Status = Mapping[str, Any]
 ROOT: Final = 1
@@ -148,10 +148,10 @@ class ClusterTree(Tree):
             raise errors.ReadOnly("read-only tree")  # for root, whom modes do not stop
         return ClusterFile(FILES[_NAMES[node - ROOT - 1]](self.status()).encode())
 
-    async def opendir(self, node: int) -> Listing:
+    def list_names(self, node: int, behind: Any, limit: int) -> tuple[Sequence[bytes], Any]:
         if node != ROOT:
             raise errors.NotADirectory(node)
-        return ClusterListing(self)
+        return _NAMES, None
 
 
 class ClusterFile(OpenFile):
@@ -163,12 +163,3 @@ class ClusterFile(OpenFile):
 
     async def read(self, offset: int, size: int) -> bytes:
         return self.content[offset:offset + size]
-
-
-class ClusterListing:
-    def __init__(self, tree: ClusterTree) -> None:
-        self.tree = tree
-
-    async def after(self, cookie: int, limit: int) -> Sequence[tuple[bytes, Attr, int]]:
-        return [(name, self.tree.attrs[ROOT + index], index)
-                for index, name in enumerate(_NAMES, 1) if index > cookie][:limit]

@@ -10,7 +10,7 @@ A write(2) is one transaction, accepted when it returns: there is never anything
 import os
 import stat
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from typing import Any, Final
 
 from aspenfs import errors
 from aspenfs.filesystem import layout
@@ -23,7 +23,6 @@ from aspenfs.limits import TXN_OPS_MAX
 from aspenfs.vfs.tree import (
     Attr,
     Caller,
-    Listing,
     OpenFile,
     SetAttr,
     Touched,
@@ -34,7 +33,6 @@ from aspenfs.vfs.tree import (
 
 DAY_NS: Final = 24 * 3600 * 10**9
 INODES_MAX: Final = (1 << 48) - 1
-LISTING_BATCH: Final = 512
 SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
 
 
@@ -70,6 +68,9 @@ class FilesTree(Tree):
         self.orphans: set[int] = set()  # a row without a name, kept for a handle or for the kernel
         self.doomed: dict[int, None] = {}  # orphans that nobody holds any more: to be reaped, in this order
         self.atimes: dict[int, int] = {}
+        # The directory that was last listed in one go, its revision then, and its entries: a change of any of
+        # them changes the directory too.
+        self.just_listed: tuple[int, int, dict[bytes, int]] = 0, 0, {}
 
     def is_open(self, node: int) -> bool:
         return node in self.open_counts
@@ -125,10 +126,33 @@ class FilesTree(Tree):
         self.open_counts[node] = self.open_counts.get(node, 0) + 1
         return OpenInode(self, node, flags)
 
-    async def opendir(self, node: int) -> Listing:
-        if node not in self.ghosts:  # a removed working directory opens, and is empty
-            self.was_read(node, self.volume.directory(node))
-        return DirectoryListing(self, node)
+    def list_names(self, node: int, behind: Any, limit: int) -> tuple[Sequence[bytes], Any]:
+        if behind is None:
+            record = self.store.get(layout.inode_key(node))
+            if record is None:
+                return (), None
+            inode = layout.unpack_inode(record.value)
+            if not stat.S_ISDIR(inode.mode):
+                raise errors.NotADirectory(f"inode {node}")
+            self.was_read(node, inode)
+        entries = self.names.entries(node, behind, limit)
+        if behind is None and len(entries) < limit:
+            self.just_listed = node, record.mod_revision, {name: child for name, child, _ in entries}
+        names = [entry[0] for entry in entries]
+        return names, names[-1] if len(names) == limit else None
+
+    async def listed(self, node: int, names: Sequence[bytes]) -> list[Attr | None]:
+        directory, revision, children = self.just_listed
+        record = self.store.get(layout.inode_key(node))
+        if directory != node or record is None or record.mod_revision != revision:
+            return await super().listed(node, names)
+        found: list[Attr | None] = []
+        for name in names:
+            try:
+                found.append(self._attr(children[name]))
+            except (KeyError, errors.NotFound):
+                found.append(None)
+        return found
 
     async def statfs(self) -> Usage:
         count = self.volume.inode_count()
@@ -342,39 +366,6 @@ class OpenInode(OpenFile):
 
     async def release(self) -> None:
         self.tree.released(self.node)
-
-
-class DirectoryListing:
-    """An open directory: a cookie n stands behind the n-th entry that this listing has given.
-
-    Names come from the store in byte order, batch by batch, each batch behind a name given before: so an
-    entry that stays is given exactly once, whatever else comes and goes. Cookies stay good until rewinddir.
-    """
-
-    def __init__(self, tree: FilesTree, node: int) -> None:
-        self.tree, self.node = tree, node
-        self.names: list[bytes] = []
-
-    async def after(self, cookie: int, limit: int) -> Sequence[tuple[bytes, Attr, int]]:
-        names, tree, attr_of = self.names, self.tree, self.tree._attr
-        if cookie == 0:
-            names.clear()  # rewinddir: what is there now
-        elif cookie > len(names):
-            raise errors.InvalidArgument("a position that this listing has not given")
-        last = names[cookie - 1] if cookie else None
-        result: list[tuple[bytes, Attr, int]] = []
-        while not result:
-            entries = tree.names.entries(self.node, last, min(limit, LISTING_BATCH))
-            if not entries:
-                break
-            last = entries[-1].name
-            for name, node, _ in entries:
-                names.append(name)
-                try:
-                    result.append((name, attr_of(node), len(names)))
-                except errors.NotFound:
-                    continue  # went while we listed
-        return result
 
 
 def _rest(mode: int | None, atime: int | None, mtime: int | None, ctime: int | None) -> dict[str, int | None]:

@@ -10,16 +10,17 @@ Nothing here awaits but transactions, so what is read between two of them is one
 import os
 import stat
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from aspenfs import errors
 from aspenfs.kv.store import Store
 from aspenfs.kv.types import Event, Operation, Record, cut, exists, merge, set_attributes
 from aspenfs.limits import VALUE_BYTES_MAX
 from aspenfs.seams import Clock
-from aspenfs.vfs.tree import Attr, Caller, Listing, OpenFile, SetAttr, Touched, Tree, Usage
+from aspenfs.vfs.tree import Attr, Caller, OpenFile, SetAttr, Touched, Tree, Usage
 from aspenfs.views import kv_attributes, kv_names
 from aspenfs.views.kv_files import KVFile, edit, truncate
-from aspenfs.views.kv_listing import KVListing
+from aspenfs.views.kv_listing import list_names
 from aspenfs.views.kv_nodes import ROOT, DirectoryNode, FileNode
 from aspenfs.views.kv_paths import levels
 from aspenfs.views.kv_rename import rename
@@ -80,11 +81,8 @@ class KVTree(Tree):
             await truncate(self.space, node, 0)
         return KVFile(self.space, node, flags)
 
-    async def opendir(self, node: int) -> Listing:
-        directory = self.space.directory(node)
-        if not directory.removed and not self.space.is_directory(directory.prefix):
-            raise errors.NotFound(directory.prefix)
-        return KVListing(self.space, directory)
+    def list_names(self, node: int, behind: Any, limit: int) -> tuple[Sequence[bytes], Any]:
+        return list_names(self.space, self.space.directory(node), behind, limit)
 
     def parent_of(self, node: int) -> int:
         above = b""
@@ -115,6 +113,8 @@ class KVTree(Tree):
         if wanted.size is not None:
             raise errors.IsADirectory(directory.prefix)
         await self._edit_marker(directory, merge(MARKERS + directory.prefix, set_attributes(changes)))
+        if wanted.mtime_ns is not None:
+            directory.changed_ns = 0  # what was set is shown, until the next change
         return space.directory_attr(directory)
 
     async def _edit_marker(self, directory: DirectoryNode, operation: Operation) -> None:

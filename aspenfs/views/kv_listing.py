@@ -1,4 +1,4 @@
-"""Reading a directory of `kv/`: its entries in the order of components, from any position.
+"""Reading a directory of `kv/`: its names in the order of components, from any position.
 
 First `%value`, if the directory is a key too; then the components in byte order, unescaped; the
 continuation directory of a long component directly behind the name that is its first piece. A position
@@ -6,13 +6,10 @@ depends on the name alone, not on what the name is, so an entry that stays is gi
 whatever becomes of it or its neighbours. Not here: what exists (`kv_space.py`).
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Final
+from collections.abc import Iterator
 
-from aspenfs import errors
 from aspenfs.kv.types import Record
 from aspenfs.limits import NAME_BYTES_MAX
-from aspenfs.vfs.tree import Attr
 from aspenfs.views.kv_nodes import DirectoryNode
 from aspenfs.views.kv_paths import (
     CONTINUED,
@@ -29,9 +26,6 @@ from aspenfs.views.kv_walk import components
 
 Position = tuple[bytes, int]  # component and one of:
 _VALUE, _WHOLE, _CONTINUED = -1, 0, 1
-
-BATCH: Final = 32
-BATCH_MAX: Final = 512
 
 
 def entries(space: KeySpace, directory: DirectoryNode,
@@ -72,60 +66,26 @@ def entries(space: KeySpace, directory: DirectoryNode,
             yield position, None
 
 
-class KVListing:
-    """An open directory. Cookies count the entries given, and stay good until the start is read again."""
-
-    def __init__(self, space: KeySpace, directory: DirectoryNode) -> None:
-        self.space, self.directory = space, directory
-        self.positions: list[Position] = []
-        # As many entries at a time as the kernel's buffer has lately taken: what does not fit is
-        # asked for again, and must be fresh then.
-        self.batch = BATCH
-        self.last = 0  # cookie of the last entry given
-
-    async def after(self, cookie: int, limit: int) -> Sequence[tuple[bytes, Attr, int]]:
-        given: list[tuple[bytes, Attr, int]] = []
-        positions = self.positions
-        taken = self.batch - (self.last - cookie)
-        self.batch = min(2 * self.batch, BATCH_MAX) if taken == self.batch else max(taken, 1)
-        limit = min(limit, self.batch)
-        if cookie == 0:
-            positions.clear()
-            self._add_value(given)
-            position = None
-        elif cookie <= len(positions):
-            position = positions[cookie - 1]
-        else:
-            raise errors.InvalidArgument(f"no such position in the directory: {cookie}")
-        if self.directory.removed or len(given) >= limit:
-            return given
-        for at, record in entries(self.space, self.directory, position):
-            name, attr = self._entry(at, record)
-            positions.append(at)
-            given.append((name, attr, len(positions)))
-            if len(given) >= limit:
+def list_names(space: KeySpace, directory: DirectoryNode, behind: Position | None,
+               limit: int) -> tuple[list[bytes], Position | None]:
+    """As `Tree.list_names`: what to go on from is the last position."""
+    names: list[bytes] = []
+    if directory.removed:
+        return names, None
+    if behind is None and _is_key(space, directory.prefix):
+        names.append(VALUE_NAME)
+        behind = (b"", _VALUE)
+    if len(names) < limit:
+        for position, _ in entries(space, directory, behind):
+            raw, stage = behind = position
+            names.append(escape(raw) + CONTINUED if stage == _CONTINUED else escape(raw))
+            if len(names) == limit:
                 break
-        self.last = len(positions)
-        return given
+    return names, behind if len(names) == limit else None
 
-    def _add_value(self, given: list[tuple[bytes, Attr, int]]) -> None:
-        """The key that the directory is besides."""
-        space, prefix = self.space, self.directory.prefix
-        if self.directory.removed or len(prefix) < 2 or is_continuation(prefix):
-            return
-        key = KEYS + prefix[:-1]
-        record = space.store.get(key)
-        if record is not None:
-            self.positions.append((b"", _VALUE))
-            given.append((VALUE_NAME, space.file_attr(space.nodes.file(key, record), record), 1))
 
-    def _entry(self, position: Position, record: Record | None) -> tuple[bytes, Attr]:
-        space = self.space
-        raw, stage = position
-        path = self.directory.prefix + raw
-        if record is not None:
-            node = space.nodes.file(KEYS + path, record)
-            return escape(raw), space.file_attr(node, record)
-        if stage == _CONTINUED:
-            return escape(raw) + CONTINUED, space.directory_attr(space.directory_node(path))
-        return escape(raw), space.directory_attr(space.directory_node(path + b"/"))
+def _is_key(space: KeySpace, prefix: bytes) -> bool:
+    """Whether the directory is a key besides."""
+    if len(prefix) < 2 or is_continuation(prefix):
+        return False
+    return space.store.get(KEYS + prefix[:-1]) is not None and space.is_directory(prefix)

@@ -110,7 +110,7 @@ async def make_directory(space: KeySpace, parent: int, name: bytes, mode: int,
         now = space.clock.time_ns()
         if await space.commit(together(change, space.arriving(directory, now))) is not None:
             node = space.directory_node(prefix)
-            node.changed_ns, node.absent = now, False
+            node.changed_ns, node.absent = 0, False  # its times are those of the marker
             return node
     raise errors.Conflict(name)
 

@@ -224,8 +224,10 @@ class KeySpace:
         else:
             attributes = NO_ATTRIBUTES
             atime = mtime = ctime = self.started_ns if mtime is None else mtime
-        if node.changed_ns > mtime and MTIME not in attributes:
-            mtime = ctime = node.changed_ns
+        if node.changed_ns > ctime:
+            mtime = ctime = node.changed_ns  # later than whatever was set
+        elif node.changed_ns > mtime and MTIME not in attributes:
+            mtime = node.changed_ns
         mode = stat.S_IFDIR | (number(attributes, MODE, DIRECTORY_MODE) & 0o7777)
         return Attr(node.id, mode, nlink, number(attributes, UID, self.uid),
                     number(attributes, GID, self.gid), 0, 0, 0, atime, mtime, ctime)
@@ -241,6 +243,15 @@ class KeySpace:
             if directory:
                 mode |= stat.S_ISGID
         return {MODE: mode, UID: caller.uid, GID: gid, MTIME: now}
+
+    def moved_on(self, node: DirectoryNode) -> None:
+        """Others changed names in it: its times move on, also if the clock does not, or theirs is ahead.
+
+        By them the kernel tells that a listing is old which it was given just before the change.
+        """
+        marker = self.marker(node.prefix)
+        shown = max(node.changed_ns, 0 if marker is None else times(marker)[2])
+        node.changed_ns = max(self.clock.time_ns(), shown + 1)
 
     # --- changes ---
 

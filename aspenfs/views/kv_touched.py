@@ -64,12 +64,13 @@ def _directories(space: KeySpace, prefix: bytes) -> Iterator[Touched]:
             continue  # as it was
         if node is not None:
             node.absent = not there
+        space.moved_on(above)
         yield Touched(parent=above.id, name=name)
 
 
 def _entry(space: KeySpace, prefix: bytes, name: bytes) -> Iterator[Touched]:
     directory = space.nodes.directories.get(prefix)
     if directory is not None:
-        directory.changed_ns = space.clock.time_ns()
+        space.moved_on(directory)
         yield Touched(parent=directory.id, name=name)
         yield Touched(directory.id)

@@ -32,13 +32,11 @@ def test_forget_reaches_the_tree_only_when_no_handle_is_open() -> None:
 def test_the_root_lists_the_trees_and_gives_them_numbers_of_their_own() -> None:
     async def test(setup: Setup) -> None:
         fs = FileSystem([setup.tree], 1)
-        fh = await fs.opendir(ROOT_INODE)
-        tree, base, entries = await fs.readdir(fh, 0, 10)
-        assert [name for name, _, _ in entries] == [b"files"]
-        assert base == 0
-        assert fs.tree_in_root(b"files") == (setup.tree, (1 << 48) | 1)
-        assert (await fs.dots(fh))[1][0] == ROOT_INODE
-        assert tree is fs.root_tree
+        assert [name for name, _ in await fs.names(ROOT_INODE, 0, 10)] == [b"files"]
+        ((ino, tree, _),) = await fs.listed(ROOT_INODE, [b"files"])  # type: ignore[misc]
+        assert (ino, tree) == ((1 << 48) | 1, setup.tree)
+        assert ino not in fs.known, "an entry that was not sent is no lookup"
+        assert (await fs.dots(ROOT_INODE))[1][0] == ROOT_INODE
         with pytest.raises(errors.ReadOnly):
             await fs.mkdir(ROOT_INODE, b"x", 0o755, CALLER)
 
@@ -53,8 +51,7 @@ def test_a_subtree_mount_has_its_directory_as_inode_1() -> None:
         await fs.use_subtree(b"/files/srv")
         ino, _, attr = await fs.lookup(ROOT_INODE, b"in")
         assert attr.node == below
-        fh = await fs.opendir(ino)
-        assert [entry[0] for entry in await fs.dots(fh)] == [ino, ROOT_INODE]
+        assert [entry[0] for entry in await fs.dots(ino)] == [ino, ROOT_INODE]
         for path, error in ((b"/none", errors.NotFound), (b"/files/none", errors.NotFound)):
             with pytest.raises(error):
                 await FileSystem([setup.tree], 1).use_subtree(path)
@@ -84,8 +81,6 @@ def test_a_handle_that_is_not_there_is_EBADF() -> None:
         fs = FileSystem([Setup().tree], 1)
         with pytest.raises(errors.BadHandle):
             fs.file(7)
-        with pytest.raises(errors.BadHandle):
-            await fs.readdir(7, 0, 1)
         await fs.release(7)
 
     trio.run(main)

@@ -9,6 +9,7 @@ import trio
 from aspenfs import errors
 from aspenfs.kv.local import LocalStore
 from aspenfs.kv.types import Event
+from aspenfs.vfs.listings import Listings
 from aspenfs.vfs.tree import Attr, OpenFile, SetAttr, Touched, Tree
 from aspenfs.views.kv import KVTree
 
@@ -52,6 +53,7 @@ class Mounted:
 
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
+        self.listings = Listings()
 
     async def stat(self, path: bytes) -> Attr:
         attr = await self.tree.getattr(self.tree.root)
@@ -126,15 +128,24 @@ class Mounted:
         return [name for name, _ in await self.entries(path, limit)]
 
     async def entries(self, path: bytes = b"", limit: int = 7) -> list[tuple[bytes, Attr]]:
-        """A directory read to its end, in batches, without . and .."""
-        listing = await self.tree.opendir((await self.stat(path)).node)
-        found: list[tuple[bytes, Attr]] = []
-        cookie = 0
-        while batch := await listing.after(cookie, limit):
+        """A directory read to its end, in batches, without . and ..; in the tree's own order."""
+        node = (await self.stat(path)).node
+        found: dict[bytes, Attr] = {}
+        position = 0
+        while batch := await self.after(node, position, limit):
             assert len(batch) <= limit
-            found += [(name, attr) for name, attr, _ in batch]
-            cookie = batch[-1][2]
-        return found
+            for name, _ in batch:
+                assert name not in found
+                found[name] = await self.tree.lookup(node, name)
+            position = batch[-1][1]
+        names, end = self.tree.list_names(node, None, 1 << 20)
+        assert end is None
+        assert set(names) == set(found)
+        return [(name, found[name]) for name in names]
+
+    async def after(self, node: int, position: int, limit: int) -> list[tuple[bytes, int]]:
+        """Names in the directory `node` behind `position`, as READDIR has them."""
+        return list(await self.listings.after(self.tree, node, position, limit))
 
 
 async def whole(file: OpenFile, step: int = 65_536) -> bytes:

@@ -32,7 +32,8 @@ async def fill(store: LocalStore, keys: list[bytes]) -> None:
 def test_order_is_that_of_components_not_of_keys() -> None:
     async def test(kv: KVSetup) -> None:
         await fill(kv.store, [b"a/x", b"a-b", b"a", b"a.c/y", b"a0", b"B", b"/z", b"!", b"\xff"])
-        assert await kv.mounted.names() == [b"%empty", b"!", b"B", b"a", b"a-b", b"a.c", b"a0", b"\xff"]
+        names, _ = kv.tree.list_names(kv.tree.root, None, 100)
+        assert names == [b"%empty", b"!", b"B", b"a", b"a-b", b"a.c", b"a0", b"\xff"]
         found = [(raw, below) for raw, _, below in components(kv.store, b"k/", None)]
         assert found == [(b"", True), (b"!", False), (b"B", False), (b"a", True), (b"a-b", False),
                          (b"a.c", True), (b"a0", False), (b"\xff", False)]
@@ -56,9 +57,9 @@ def test_listing_skips_what_is_below_its_directories() -> None:
         store = Counting()
         await fill(store, [b"d%02d/sub/%03d" % (directory, number)
                            for directory in range(50) for number in range(200)])
-        at = Mounted(KVTree(store, StepClock()))
+        tree = KVTree(store, StepClock())
         store.read = 0
-        assert len(await at.names(limit=1000)) == 50
+        assert len(tree.list_names(tree.root, None, 1000)[0]) == 50
         assert store.read < 2 * 50 * (SKIP_STEPS + 3)
 
     trio.run(main)
@@ -71,26 +72,31 @@ def test_listing_of_many_entries_reads_each_a_few_times_only() -> None:
         await fill(store, keys)
         at = Mounted(KVTree(store, StepClock()))
         store.read = 0
-        assert await at.names(limit=512) == keys
+        names: list[bytes] = []
+        position = 0
+        while batch := await at.after(at.tree.root, position, 512):
+            names += [name for name, _ in batch]
+            position = batch[-1][1]
+        assert sorted(names) == keys
         assert store.read < 1.2 * len(keys)
 
     trio.run(main)
 
 
-def test_listing_reads_no_more_ahead_than_the_kernel_takes() -> None:
-    """A reader that takes few entries at a time, as readdir with a small buffer does."""
+def test_names_go_on_behind_any_of_them() -> None:
+    async def test(kv: KVSetup) -> None:
+        long = b"x" * 300  # a name of two pieces
+        await fill(kv.store, [b"a/x", b"a-b", b"a", b"a.c/y", b"/z", b"\xff", long, long[:255], b"/", b"a/"])
+        for node in (kv.tree.root, (await kv.tree.lookup(kv.tree.root, b"a")).node):
+            everything, end = kv.tree.list_names(node, None, 100)
+            assert end is None
+            for step in (1, 2, 3):
+                names: list[bytes] = []
+                behind = None
+                while not names or behind is not None:
+                    some, behind = kv.tree.list_names(node, behind, step)
+                    assert len(some) <= step
+                    names += some
+                assert names == everything
 
-    async def main() -> None:
-        store = Counting()
-        await fill(store, [b"%05d" % number for number in range(2_000)])
-        tree = KVTree(store, StepClock())
-        listing = await tree.opendir(tree.root)
-        store.read = cookie = count = 0
-        while batch := await listing.after(cookie, 512):
-            taken = batch[:20]
-            count += len(taken)
-            cookie = taken[-1][2]
-        assert count == 2_000
-        assert store.read < 4 * count
-
-    trio.run(main)
+    run(test)

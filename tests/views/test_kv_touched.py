@@ -6,7 +6,7 @@ import pytest
 
 from aspenfs import errors
 from aspenfs.kv.types import delete, put
-from aspenfs.vfs.tree import Touched
+from aspenfs.vfs.tree import SetAttr, Touched
 from tests.views.subject import KVSetup, run, whole
 
 
@@ -54,6 +54,32 @@ def test_new_key_touches_its_entry_and_its_directory() -> None:
         assert Touched(directory) in kv.stale
         assert entries(kv) == {(directory, b"f")}
         assert (await kv.mounted.stat(b"d")).mtime_ns >= old
+
+    run(test)
+
+
+def test_each_change_of_names_by_others_moves_the_time_of_their_directory_on() -> None:
+    """Also while the clock stands, and behind times that somebody set: the kernel keeps listings by it."""
+
+    async def test(kv: KVSetup) -> None:
+        at = kv.mounted
+        await at.mkdir(b"d")
+        await kv.store.txn([], [put(b"k/implicit/f", b"")])
+        ahead = kv.clock.now_ns + 10**9
+        await at.set(b"d", SetAttr(mtime_ns=ahead))
+        set_time = await at.stat(b"d")
+        assert set_time.mtime_ns == ahead
+        kv.clock.time_ns = lambda: kv.clock.now_ns  # type: ignore[method-assign]
+        seen = {path: [(await at.stat(path)).mtime_ns] for path in (b"d", b"implicit", b"")}
+        for key in (b"k/d/f", b"k/d/sub/f", b"k/implicit/g", b"k/implicit/sub/f", b"k/f"):
+            for change in (put(key, b""), delete(key)):
+                await kv.store.txn([], [change])
+                path = b"/".join(key.split(b"/")[1:2]) if key.count(b"/") > 1 else b""
+                seen[path].append((await at.stat(path)).mtime_ns)
+        for path, times in seen.items():
+            assert len(set(times)) == len(times), path
+        await at.set(b"d", SetAttr(mtime_ns=7))
+        assert (await at.stat(b"d")).mtime_ns == 7
 
     run(test)
 
