@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Final
 
 import trio
@@ -19,6 +20,7 @@ import trio
 from aspenfs import errors
 from aspenfs.blobs.store import BlobStore
 from aspenfs.cli.checking import OnlineCheck
+from aspenfs.cli.cluster_status import BlobFacts, ClusterFacts
 from aspenfs.cli.flood import FloodFilter
 from aspenfs.cli.lock import StateLock
 from aspenfs.cli.options import MountOptions
@@ -26,6 +28,7 @@ from aspenfs.cli.paths import StateDirectory, state_directory
 from aspenfs.cli.ready import OPTIONS_VARIABLE, ready_fd, report, sd_notify
 from aspenfs.cli.telemetry import describe
 from aspenfs.cli.upkeep import Upkeep
+from aspenfs.cluster.types import NodeId
 from aspenfs.filesystem.layout import named_digests
 from aspenfs.filesystem.volume import Volume
 from aspenfs.fuse.loop import SPIN_US
@@ -34,11 +37,20 @@ from aspenfs.fuse.operations import Operations, Presentation
 from aspenfs.fuse.session import serve
 from aspenfs.kv.commands import Command
 from aspenfs.kv.types import Event
+from aspenfs.runtime import identity, peer_settings
+from aspenfs.runtime.blob_replication.durable import GroupSync
+from aspenfs.runtime.blob_replication.replicator import BlobReplicator
+from aspenfs.runtime.catching_up import CatchingUp
 from aspenfs.runtime.control import ControlServer
+from aspenfs.runtime.control_cluster import ClusterControl
 from aspenfs.runtime.control_command import Call
 from aspenfs.runtime.disk import RealDisk
 from aspenfs.runtime.host import NodeStore
+from aspenfs.runtime.lags import Lags
+from aspenfs.runtime.members import Members
+from aspenfs.runtime.peering import Peering, Switch
 from aspenfs.runtime.reserve import Reserve
+from aspenfs.runtime.snapshots.server import SnapshotServer
 from aspenfs.runtime.system import SystemClock, SystemEntropy
 from aspenfs.vfs.filesystem import ROOT_INODE, FileSystem
 from aspenfs.vfs.tree import Usage
@@ -61,6 +73,7 @@ class Node:
         self.options, self.directory = options, directory
         self.clock = clock = SystemClock()
         disk = RealDisk(directory.path)
+        incarnation = identity.begin_incarnation(directory.path)
         self.blobs = BlobStore.open(disk)
         self.store = NodeStore.open(
             directory.path,
@@ -71,13 +84,15 @@ class Node:
             pre_sync=[self._sync_blobs],
             verify_entry=self._names_only_blobs_that_are_there,
             reserve=Reserve(directory.path),
+            incarnation=incarnation,
         )
         if self.store.identity.name != options.name:
             raise errors.InvalidArgument(
                 f"{directory.path} holds the cluster {self.store.identity.name!r}, not {options.name!r}: "
                 "mount it by its name, or name another state directory with -o state_dir="
             )
-        self.volume = Volume(self.store, _Admitted(self.blobs, self.store), clock)
+        self._join_in(incarnation)
+        self.volume = Volume(self.store, self.replicator, clock)
         self.volume.breathe = trio.lowlevel.checkpoint
         resources = Resources(
             store=self.store,
@@ -104,6 +119,33 @@ class Node:
             for tree in trees.values():
                 tree.attr_timeout_s = tree.entry_timeout_s = tree.negative_timeout_s = 0.0
 
+    def _join_in(self, incarnation: int) -> None:
+        """The parts that deal with other nodes, whether there are any or not."""
+        path, store, clock, entropy = self.directory.path, self.store, self.clock, SystemEntropy()
+        consensus, options = store.consensus, self.options
+        self.switch = switch = Switch()
+        self.members, self.lags = Members(store, consensus), Lags(consensus)
+        settings = peer_settings.effective(path, options.listen, options.advertise)
+        self.peering = Peering(path, store, self.members, self.lags, switch, incarnation, clock, entropy,
+                               settings)  # fmt: skip
+        self.catching_up = CatchingUp(store, switch, path)
+        self.snapshots = SnapshotServer(store.state, entropy, lambda: _free_bytes(path))
+        self.snapshots.register(switch)
+        self.replicator = replicator = BlobReplicator(
+            self.blobs,
+            store,
+            switch,
+            lambda: consensus.replica.raft.configuration,
+            NodeId(store.node_id),
+            clock,
+            sync=GroupSync(self.blobs.sync, lambda: self.blobs.dirty),
+            leads=lambda: consensus.leading,
+            refusal=lambda: store.refusal,
+        )
+        store.before_propose = replicator.before_propose
+        store.observe(replicator.observe)
+        store.replaced.append(replicator.state_replaced)
+
     # --- ports that the floors below are given ---
 
     def _sync_blobs(self) -> None:
@@ -120,7 +162,15 @@ class Node:
 
     def status(self) -> Mapping[str, Any]:
         """What cluster/ and `aspen status` show."""
-        return describe(self.options, self.store, self.blobs, self.volume, self.filesystem, self.notifier)
+        facts = ClusterFacts(self.store.node_id, self.members, self.lags, self.store.consensus, self.peering,
+                             self._blob_facts, lambda: self.catching_up.progress)  # fmt: skip
+        return describe(
+            self.options, self.store, self.blobs, self.volume, self.filesystem, self.notifier, facts
+        )
+
+    def _blob_facts(self) -> BlobFacts:
+        told = self.replicator.status()
+        return BlobFacts(told.missing, told.unavailable)
 
     # --- coherence ---
 
@@ -144,16 +194,24 @@ class Node:
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self.store.run)
-                await self.volume.format(uid=os.geteuid(), gid=os.getegid())
-                orphans = self.files.recover()
+                self.replicator.bind(self.volume)
+                await nursery.start(self.replicator.run)
+                nursery.start_soon(self.catching_up.run)
+                nursery.start_soon(self.snapshots.run)
+                await nursery.start(self.peering.run)
+                await self._formatted()
+                orphans = self.files.orphans.recover()
                 log.info("state is open revision=%d orphans=%d", self.store.revision, orphans)
                 if options.subtree != "/":
                     await self.filesystem.use_subtree(os.fsencode(options.subtree))
                 self.store.observe(self.observe)
+                cluster = ClusterControl(self.store.identity, self.store, self.members, self.lags,
+                                         self.peering, self.clock, SystemEntropy())  # fmt: skip
+                check = OnlineCheck(self.store, self.blobs)
                 control = ControlServer(
                     self.store,
                     self.status,
-                    {"check": OnlineCheck(self.store, self.blobs).handle, "sync": self._sync},
+                    {"check": check.handle, "sync": self._sync, **cluster.handlers},
                     clock=self.clock,
                     release=_release(),
                 )
@@ -174,7 +232,7 @@ class Node:
                     stop=self.stop,
                 )
                 sd_notify("STOPPING=1")
-                self.files.unmounted()
+                self.files.orphans.unmounted()
                 await self.upkeep.tidy()
                 nursery.cancel_scope.cancel()
         finally:
@@ -182,6 +240,14 @@ class Node:
                 self.store.close()  # syncs the blobs that its log names
             finally:
                 self.blobs.close()
+
+    async def _formatted(self) -> None:
+        """There is a file system to serve: made here by the founder, else fetched from the others."""
+        if self.store.alone:
+            await self.volume.format(uid=os.geteuid(), gid=os.getegid())
+            return
+        while not self.volume.formatted:  # noqa: ASYNC110 – a state that comes in whole tells nobody
+            await trio.sleep(0.05)
 
     def _presentation(self) -> Presentation:
         options = self.options
@@ -206,19 +272,9 @@ class Node:
                 self.stop.set()
 
 
-class _Admitted:
-    """The blobs as the file system has them: none is added while the store refuses writers, because the
-    space that is left then is for deleting."""
-
-    def __init__(self, blobs: BlobStore, store: NodeStore) -> None:
-        self._put, self._store = blobs.put, store
-        self.get, self.has, self.delete = blobs.get, blobs.has, blobs.delete
-
-    def put(self, data: bytes) -> bytes:
-        refusal = self._store.refusal
-        if refusal is not None:
-            raise refusal.with_traceback(None)
-        return self._put(data)
+def _free_bytes(path: Path) -> int:
+    disk = os.statvfs(path)
+    return disk.f_bavail * disk.f_frsize
 
 
 def main() -> int:

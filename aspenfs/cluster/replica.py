@@ -49,7 +49,9 @@ class Owner(Protocol):
     def revision(self) -> int:
         """The last entry that the state machine has evaluated."""
 
-    def write(self, truncate_after: int | None, entries: Sequence[Entry], hard_state: HardState | None) -> int:
+    def write(
+        self, truncate_after: int | None, entries: Sequence[Entry], hard_state: HardState | None
+    ) -> int:
         """Into the log, in that order, all or nothing: a ticket for `synced`, greater than all before.
         NoSpace: nothing was written, it will be tried again."""
 
@@ -75,7 +77,9 @@ class Owner(Protocol):
 class _Proposal:
     __slots__ = ("command", "context", "deadline_ns", "done", "expired", "repeatable", "sent_tick")
 
-    def __init__(self, command: bytes, context: object, done: Done, deadline_ns: int, repeatable: bool) -> None:
+    def __init__(
+        self, command: bytes, context: object, done: Done, deadline_ns: int, repeatable: bool
+    ) -> None:
         self.command, self.context, self.done, self.deadline_ns = command, context, done, deadline_ns
         self.repeatable = repeatable  # applying it twice does nothing more: it carries a (client, sequence)
         self.sent_tick = 0
@@ -171,9 +175,13 @@ class Replica:
         self.raft.tick()
         self._expire()
         self._resend()
-        if self._has_lease() and self._ticks - self._last_read_tick < _READ_LATELY_TICKS:
-            if not self._round and self._lease_until_ns - self._now() < LEASE_NS // 2:
-                self._start_round()
+        if (
+            not self._round
+            and self._ticks - self._last_read_tick < _READ_LATELY_TICKS
+            and self._has_lease()
+            and self._lease_until_ns - self._now() < LEASE_NS // 2
+        ):
+            self._start_round()
         self.pump()
 
     def synced(self, ticket: int, index: int) -> None:
@@ -338,7 +346,9 @@ class Replica:
             if kind == EntryKind.PROPOSAL:
                 self._apply_proposal(entry)
             elif kind == EntryKind.CONFIGURATION:
-                owner.apply_configuration(entry, raft.apply_configuration(ConfigurationChange.decode(entry.data)))
+                owner.apply_configuration(
+                    entry, raft.apply_configuration(ConfigurationChange.decode(entry.data))
+                )
             else:
                 owner.apply(entry, None)
                 if not entry.data:
@@ -357,7 +367,7 @@ class Replica:
             self._resolve(proposal, result)
 
     def _term_began(self, term: int) -> None:
-        """A leader's first entry is applied: what was sent to leaders before and not applied never will be."""
+        """A leader's first entry is applied: what went to earlier ones and is not applied never will be."""
         sent = self._sent
         lost = [key for key in sent if key[0] < term]
         if lost:
@@ -570,7 +580,9 @@ class Replica:
                 error = error or self._no_quorum()
                 self._done += [(read.done, error) for read in reads if read.deadline_ns <= now]
                 setattr(self, name, [read for read in reads if read.deadline_ns > now])
-        if self._round and (self._ticks - self._round_tick >= _RESEND_TICKS or self._round_term != self.raft.term):
+        if self._round and (
+            self._ticks - self._round_tick >= _RESEND_TICKS or self._round_term != self.raft.term
+        ):
             self._round = 0  # lost on the way, or its leader is: the next one takes its readers along
             self._next_reads[:0] = self._round_reads
             self._round_reads = []

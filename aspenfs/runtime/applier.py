@@ -64,6 +64,11 @@ class Applier:
         while self._backlog and self._backlog[-1][0] > index:
             self._backlog.pop()
 
+    def rebase(self, index: int) -> None:
+        """The state has all up to `index` from elsewhere; no thread runs. What waits is forgotten."""
+        self._backlog.clear()
+        self._requested = index
+
     def request(self, index: int) -> None:
         """Entries up to `index` are committed and shall be applied."""
         if index > self._requested:

@@ -65,9 +65,10 @@ class Consensus:
 
     def __init__(self, wal: Wal, engine: Engine, applier: Applier, syncer: Syncer,
                  failed: Callable[[BaseException], object], terms: Iterable[Landmark],
-                 configuration: Configuration) -> None:
+                 configuration: Configuration) -> None:  # fmt: skip
         """`terms`: (first index, term) of what is known of the log. `failed` hears of what stops the node."""
-        self._wal, self._engine, self._applier, self._syncer, self._failed = wal, engine, applier, syncer, failed
+        self._wal, self._engine, self._applier, self._syncer = wal, engine, applier, syncer
+        self._failed = failed
         self._terms: tuple[Landmark, ...] = tuple(terms) or ((0, 0),)
         self._configurations: tuple[Landmark, ...] = ((0, configuration),)
         self.ticket = 0  # of the last write; a sync covers those that it found
@@ -134,16 +135,22 @@ class Consensus:
         except Exception as error:
             self._failed(error)
 
-    def receive(self, messages: Sequence[Message]) -> None:
-        """From a peer whose identity the link has proved."""
+    def receive(self, sender: int, messages: Sequence[Message]) -> None:
+        """From `sender`, which the link has proved. What it says in another's name is dropped."""
         try:
             for message in messages:
-                self.replica.receive(message)
+                if message.sender == sender:
+                    self.replica.receive(message)
         except errors.AspenError as error:
             logger.info("a message was refused: %s", error)
         except Exception as error:
             self._failed(error)
             return
+        self.wake()
+
+    def unreachable(self, node: int) -> None:
+        """Messages to `node` got lost."""
+        self.replica.raft.report_unreachable(node)
         self.wake()
 
     def synced(self, ticket: int, index: int) -> None:
@@ -196,7 +203,9 @@ class Consensus:
     def revision(self) -> int:
         return self._engine.revision
 
-    def write(self, truncate_after: int | None, entries: Sequence[Entry], hard_state: HardState | None) -> int:
+    def write(
+        self, truncate_after: int | None, entries: Sequence[Entry], hard_state: HardState | None
+    ) -> int:
         wal = self._wal
         if truncate_after is not None and truncate_after < wal.last_index:
             wal.truncate_after(truncate_after)

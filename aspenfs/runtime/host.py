@@ -29,6 +29,7 @@ from aspenfs import errors
 from aspenfs.cluster.raft import Raft
 from aspenfs.cluster.replica import Replica
 from aspenfs.cluster.types import Configuration, HardState
+from aspenfs.cluster.types import Snapshot as RaftSnapshot
 from aspenfs.errors import AspenError, NoSpace, SyncFailed
 from aspenfs.kv import commands, types
 from aspenfs.kv.commands import Command
@@ -44,13 +45,14 @@ from aspenfs.limits import (
     SYNC_INTERVAL_MS,
     WAL_SEGMENT_BYTES,
 )
-from aspenfs.runtime import identity, recovery, store_status
+from aspenfs.runtime import identity, recovery, store_status, swap
 from aspenfs.runtime.applier import Applier
 from aspenfs.runtime.consensus import META_CONFIGURATION, META_TERM, Consensus, decode_configuration
 from aspenfs.runtime.disk import RealDisk
 from aspenfs.runtime.identity import Identity
 from aspenfs.runtime.recovery import VerifyEntry
 from aspenfs.runtime.reserve import Reserve
+from aspenfs.runtime.snapshots.client import Fetched, install, reset_log
 from aspenfs.runtime.statedb import MAP_BYTES, Snapshot, StateDb, Summary
 from aspenfs.runtime.store_status import WAL_DIRECTORY
 from aspenfs.runtime.syncer import Hook, Syncer
@@ -82,6 +84,9 @@ class NodeStore:
         self._applier = Applier(state, self._batch_applied, self._applier_stalled, self._fail, self._meta_at)
         self._syncer = Syncer(self._sync_wal, pre_sync, self._synced, self._fail, clock.monotonic_ns)
         self._clock, self._entropy = clock, entropy
+        self._directory = Path()
+        self._free_bytes: Callable[[], int] | None = None
+        self.replaced: list[Callable[[], object]] = []  # called when the state is another node's
         self._synced_ticket = 0  # of writes of the consensus that are durable; set by the sync thread
         self.consensus: Consensus
         self._replica: Replica
@@ -115,14 +120,18 @@ class NodeStore:
         Corrupt, NoSpace, SyncFailed; the caller holds the lock on the directory.
         """
         directory = Path(state_directory)
+        reset_to = swap.recover(RealDisk(directory)) if directory.exists() else None
         node = identity.read(directory) or identity.create(directory, name, entropy)
         log = RealDisk(directory) if disk is None else disk
         wal = Wal.open(log, WAL_DIRECTORY, node.cluster_id, segment_bytes=segment_bytes,
                        background=background, claim=False)  # fmt: skip
         try:
+            if reset_to is not None:
+                reset_log(directory, wal, reset_to)
             state = StateDb(directory / STATE_DIRECTORY, map_bytes=map_bytes, free_bytes=free_bytes)
             try:
                 store = cls(node, wal, state, clock, entropy, pre_sync, log, reserve)
+                store._directory, store._free_bytes = directory, free_bytes
                 replayed = store._recover(verify_entry, incarnation)
             except BaseException:
                 state.close()
@@ -151,8 +160,8 @@ class NodeStore:
         revision = self.engine.revision
         written_term, vote = wal.hard_state or (0, b"")
         last_term = found.tail[-1].term if found.tail else self.consensus.term_at(revision)
-        hard_state = HardState(max(written_term, last_term),
-                               int.from_bytes(vote, "little") if written_term >= last_term else 0)  # fmt: skip
+        voted = int.from_bytes(vote, "little") if written_term >= last_term else 0
+        hard_state = HardState(max(written_term, last_term), voted)
         raft = Raft(node, configuration, hard_state=hard_state, entries=found.tail, base_index=revision,
                     base_term=self.consensus.term_at(revision), applied=revision,
                     random=self._random_below)  # fmt: skip
@@ -282,6 +291,35 @@ class NodeStore:
             self._wal.trim(self._state.sync() + 1)
         except NoSpace as error:
             logger.warning("revision=%d closing with a full disk: %s", self.revision, error)
+
+    async def replace_state(self, fetched: Fetched) -> None:
+        """Goes on with a state that was fetched whole from another node, and lies in `state.new`.
+
+        Nothing is evaluated meanwhile: the replica waits for it. Who waits for an earlier revision is told
+        that it is committed; `replaced` is called, for all that was known may be out of date.
+        """
+        stored = fetched.configuration
+        configuration = Configuration((FOUNDER,)) if stored is None else decode_configuration(stored)
+        snapshot = RaftSnapshot(fetched.index, fetched.term, configuration)
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(self._applier.stop)
+            await trio.to_thread.run_sync(install, self._directory, self._wal, fetched.index)
+        try:
+            # No await from here on: readers see the old state or the new one.
+            self._state.adopt(StateDb(self._directory / STATE_DIRECTORY, free_bytes=self._free_bytes))
+            self._applier.rebase(fetched.index)
+            self._to_settle.clear()
+            self.engine.rebase(fetched.index)
+            self.consensus.rebase(snapshot)
+            self._stall = None
+            assert self._token is not None, "a store that does not run"
+            self._applier.start(self._token)
+            self._replica.snapshot_installed(snapshot)
+        except BaseException as error:
+            self._fail(error)
+            raise
+        for tell in self.replaced:
+            tell()
 
     def apply(self) -> None:
         """Carries what is committed into the state, here: only while `run` does not. Blocks. NoSpace."""
@@ -428,7 +466,7 @@ class NodeStore:
         if (self._overlay.bytes > OVERLAY_BYTES_MAX or self._wal.short_of_space or self._failure is not None
                 or self._refusal is not None):  # fmt: skip
             await self._admitted(then)
-            if not self._replica.alone:
+            if not self._is_alone():
                 return await self._replicated(compares, then, else_, dedup, origin)
         command, encoded = engine.txn_command(compares, then, else_, dedup)
         index, outcome = engine.prepare(command)
@@ -438,6 +476,10 @@ class NodeStore:
             raise result
         self._accept(index, encoded, outcome, origin)
         return result
+
+    def _is_alone(self) -> bool:
+        """After an await: it may have changed."""
+        return self._replica.alone
 
     def _accept(self, index: int, encoded: bytes, outcome: Outcome, origin: object) -> None:
         """Into the log, then visible. NoSpace and an EIO of the write itself leave no trace."""
@@ -602,6 +644,11 @@ class NodeStore:
             await trio.lowlevel.checkpoint()
 
     # --- looking at it ---
+
+    @property
+    def state(self) -> StateDb:
+        """What is applied, for those who hand it out whole: `snapshots.SnapshotServer`."""
+        return self._state
 
     def snapshot(self) -> AbstractContextManager[Snapshot]:
         """What is applied, standing still: for a walk in a thread (`aspen check`)."""

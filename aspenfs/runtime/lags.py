@@ -3,7 +3,7 @@
 Only a leader knows. The others ask it now and then, so that `aspen status` and `cluster/members` say the
 same everywhere without waiting for anybody: what they show is at most two intervals old.
 
-    member.lags   nil   ->   map {node id: entries behind}     of a leader; NotLeader elsewhere
+    member.lags   nil   ->   array of (node id, entries behind)     of a leader; NotLeader elsewhere
 """
 
 import logging
@@ -51,11 +51,11 @@ class Lags:
         lags = {node: max(0, raft.last_index - each.match) for node, each in raft.progress().items()}
         return {**lags, raft.node_id: 0}
 
-    async def answer(self, sender: NodeId, body: Any) -> dict[int, int]:
+    async def answer(self, sender: NodeId, body: Any) -> list[tuple[int, int]]:
         """The request of another node."""
         if not self._consensus.leading:
             raise errors.NotLeader(leader=self._consensus.replica.raft.leader)
-        return self._own()
+        return list(self._own().items())
 
     async def run(self, requests: Requests) -> None:
         """Asks the leader until cancelled."""
@@ -69,5 +69,6 @@ class Lags:
             except errors.AspenError as error:
                 logger.debug("leader=%d does not tell: %s", raft.leader, error)
                 continue
-            if isinstance(told, dict):
-                self._told, self._told_at = told, trio.current_time()
+            match told:
+                case tuple() if all(type(each) is tuple and len(each) == 2 for each in told):
+                    self._told, self._told_at = dict(told), trio.current_time()

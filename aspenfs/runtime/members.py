@@ -23,6 +23,7 @@ from aspenfs.kv.store import Store
 from aspenfs.kv.types import Compare, Event, Operation, compare_mod_revision, put
 from aspenfs.limits import LEARNER_LAG_MAX, PROPOSAL_TIMEOUT_MS, TICK_MS
 from aspenfs.runtime.consensus import Consensus
+from aspenfs.runtime.peers.admission import Newcomer
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,15 @@ class Members:
         return {member.node: member for member in (unpack(record.value) for _, record in rows)}
 
     @property
+    def leader(self) -> int:
+        """0: nobody, as far as this node knows."""
+        return self._consensus.replica.raft.leader
+
+    def is_voter(self, node: int) -> bool:
+        configuration = self.configuration
+        return node in configuration.voters or node in configuration.outgoing
+
+    @property
     def configuration(self) -> Configuration:
         return self._consensus.replica.raft.configuration
 
@@ -119,19 +129,45 @@ class Members:
 
     # --- changing: the leader's own ---
 
-    async def admit(self, member: Member, compares: Sequence[Compare] = (),
-                    operations: Sequence[Operation] = ()) -> None:  # fmt: skip
-        """A new node becomes a learner; the row and what its ticket needs change in one transaction.
+    async def admit(self, newcomer: Newcomer, compares: Sequence[Compare],
+                    operations: Sequence[Operation]) -> None:  # fmt: skip
+        """A new node becomes a learner; its row and what its ticket needs change in one transaction.
 
-        NotLeader; AlreadyExists; Conflict when a compare did not hold.
+        NotLeader; Conflict when its row is there or a compare did not hold.
         """
         self._lead()
-        free = compare_mod_revision(key_of(member.node), _EQUAL, 0)
-        done = await self._store.txn([free, *compares], [put(key_of(member.node), pack(member)), *operations])
+        node = newcomer.node
+        member = Member(node, newcomer.name, newcomer.addresses, "joining", newcomer.born, newcomer.promote)
+        free = compare_mod_revision(key_of(node), _EQUAL, 0)
+        done = await self._store.txn([free, *compares], [put(key_of(node), pack(member)), *operations])
         if not done.succeeded:
-            raise errors.Conflict(f"node {member.node} is known already, or its ticket was used meanwhile")
+            raise errors.Conflict(f"node {node} is known already, or its ticket was used meanwhile")
         await self._store.committed(done.revision)
-        await self._change(ChangeKind.ADD_LEARNER, member.node)
+        await self._change(ChangeKind.ADD_LEARNER, node)
+
+    async def readmit(self, node: int) -> None:
+        """The row is there; the configuration gets to name the node, if it does not yet. NotLeader."""
+        self._lead()
+        member = self.table().get(node)
+        if member is not None and member.state != "removed" and self.role(node) == "none":
+            await self._change(ChangeKind.ADD_LEARNER, node)
+
+    async def introduce(self, name: str, addresses: Sequence[str], born: bytes) -> None:
+        """This node's own row: what it is called and where it is found, as of this start."""
+        node = self._consensus.replica.raft.node_id
+        while True:
+            record = self._store.get(key_of(node))
+            if record is None:
+                member = Member(node, name, tuple(addresses), "member", born, False)
+            else:
+                member = unpack(record.value)._replace(name=name, addresses=tuple(addresses))
+                if member.state == "removed" or pack(member) == record.value:
+                    return
+            revision = 0 if record is None else record.mod_revision
+            unchanged = compare_mod_revision(key_of(node), _EQUAL, revision)
+            if (await self._store.txn([unchanged], [put(key_of(node), pack(member))])).succeeded:
+                await self._store.committed()
+                return
 
     async def promote(self, node: int) -> None:
         """A learner that has caught up becomes a voter. Busy when it lags."""

@@ -76,11 +76,11 @@ class StoreCluster:
     def carry(self, sender: int, to: int, message: Message) -> None:
         if (sender, to) in self.cut or self._draw.random() < self.loss:
             return
-        trio.lowlevel.current_trio_token().run_sync_soon(self._arrive, to, message)
+        trio.lowlevel.current_trio_token().run_sync_soon(self._arrive, sender, to, message)
 
-    def _arrive(self, to: int, message: Message) -> None:
+    def _arrive(self, sender: int, to: int, message: Message) -> None:
         if to in self.stores:
-            self.stores[to].consensus.receive([message])
+            self.stores[to].consensus.receive(sender, [message])
 
     def isolate(self, node: int) -> None:
         for other in self.stores:
