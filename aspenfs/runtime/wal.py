@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from aspenfs.errors import Closed, NoSpace, StorageError, SyncFailed, TxnTooLarge
-from aspenfs.limits import KIB, WAL_FRAME_BYTES_MAX, WAL_SEGMENT_BYTES
+from aspenfs.limits import KIB, MIB, WAL_FRAME_BYTES_MAX, WAL_SEGMENT_BYTES
 from aspenfs.runtime.wal_format import (
     BEGIN_BYTES_MAX,
     CLUSTER_ID_BYTES,
@@ -49,6 +49,7 @@ __all__ = ["Frame", "Kind", "Report", "Wal", "verify"]
 logger = logging.getLogger(__name__)
 
 SEGMENT_BYTES_MIN: Final = 4 * KIB
+_REWRITE_BYTES: Final = 1 * MIB  # at a time
 
 
 class Wal:
@@ -126,9 +127,13 @@ class Wal:
 
     def _take_over(self, found: Recovered, claim: bool) -> None:
         # After the end of a process the log may still be in the page cache only; what replay hands
-        # out must not be lost any more. And before anything is appended, files behind the end lose
+        # out must not be lost any more. If it ended because a sync failed, the kernel has called clean
+        # what it did not write, and a sync alone would write nothing: so it is written again. And before anything is appended, files behind the end lose
         # their names, so that no later recovery can take them for a continuation.
         for segment in found.segments:
+            number, offset = found.synced
+            if segment.number >= number:
+                _write_again(segment, offset if segment.number == number else FIRST_FRAME)
             segment.file.datasync()
             if segment is not self._tail.segment:
                 segment.file.close()
@@ -461,11 +466,20 @@ class Wal:
         return replay(self._disk, self._directory, pieces, voids, from_index, last)
 
 
+def _write_again(segment: Segment, offset: int) -> None:
+    """Its frames from `offset` on, as they are."""
+    while offset < segment.end:
+        data = segment.file.pread(min(_REWRITE_BYTES, segment.end - offset), offset)
+        segment.file.pwrite(data, offset)
+        offset += len(data)
+
+
 def _make_durable_directory(disk: Disk, directory: str) -> None:
     disk.make_directory(directory)
-    while directory:
-        directory = directory.rpartition("/")[0]
-        try:
+    try:
+        disk.sync_directory(directory)  # an earlier process may have failed to
+        while directory:
+            directory = directory.rpartition("/")[0]
             disk.sync_directory(directory)
-        except OSError as error:
-            raise SyncFailed(f"fsync of the directory of the log failed: {error}") from error
+    except OSError as error:
+        raise SyncFailed(f"fsync of the directory of the log failed: {error}") from error
