@@ -8,7 +8,7 @@ from aspenfs.blobs.format import digest_of, prefix_of, record_size
 from aspenfs.cluster.types import Configuration
 from aspenfs.limits import BLOB_PIN_S, BLOB_PUSH_BYTES_MAX, BLOB_PUSH_QUEUE_MAX, MIB, PROPOSAL_TIMEOUT_MS
 from aspenfs.runtime.blob_replication import wire
-from aspenfs.runtime.blob_replication.push import has_majority
+from aspenfs.runtime.blob_replication.push import RENEW_S, has_majority
 from tests.filesystem.volumes import CALLER
 from tests.runtime.blob_cluster import Cluster, Node, chunk, cluster, run, until
 
@@ -136,10 +136,13 @@ def test_a_peer_that_comes_back_in_time_saves_the_write() -> None:
 def test_a_connection_that_breaks_under_a_push_is_tried_again() -> None:
     async def test() -> None:
         async with cluster(3, off={3}) as nodes:
-            nodes.network.refusals += [(2, wire.PUT, errors.PeerUnreachable("broken"))] * 3
+            nodes.network.refusals.append((2, wire.PUT, errors.PeerUnreachable("broken")))
             await nodes[1].create(b"f", chunk(1))
+            assert trio.current_time() < RENEW_S, "at once, not when the writer loses patience"
+            nodes.network.refusals += [(2, wire.PUT, errors.PeerUnreachable("broken"))] * 3
+            await nodes[1].create(b"g", chunk(2))
             assert trio.current_time() < 2
-            assert holders(nodes, chunk(1)) == {1, 2}
+            assert holders(nodes, chunk(2)) == {1, 2}
 
     run(test)
 
@@ -197,6 +200,9 @@ def test_a_disk_without_room_under_a_receiver_is_a_refusal() -> None:
     async def test() -> None:
         async with cluster(3) as nodes:
             nodes[2].disk.fail("pwrite", 28, times=-1)
+            request = nodes.network.ports[1].request
+            body = [[digest_of(chunk(2)), chunk(2)]]
+            assert tuple(await request(2, wire.PUT, body, timeout_s=1)) == (wire.Verdict.FULL,)  # type: ignore[arg-type]
             await nodes[1].create(b"f", chunk(1))
             assert holders(nodes, chunk(1)) == {1, 3}
 
@@ -294,6 +300,10 @@ def test_a_chunk_that_is_named_already_is_neither_sent_nor_asked_for() -> None:
             await handle.write(5000, b"x")
             assert len(nodes.network.requests) == requests
             assert nodes.named(chunk(1)) == 5, "three files have it whole, the fourth in two pieces"
+            nodes[3].blobs.delete([digest_of(chunk(1))])
+            await nodes[3].create(b"j", chunk(1))
+            await trio.sleep(1)
+            assert len(nodes.network.requests) == requests, "though it was not here, the others have it"
 
     run(test)
 
@@ -306,8 +316,8 @@ def test_what_was_here_but_is_not_named_is_asked_for_before_it_is_sent() -> None
             nodes[1].blobs.put(chunk(2))
             await nodes[1].create(b"f", chunk(1))
             assert nodes.network.asked(2, wire.PUT) == 0
-            await nodes[1].create(b"g", chunk(2))
             assert len(holders(nodes, chunk(1))) >= 2, "an answer means on disk, not in the page cache"
+            await nodes[1].create(b"g", chunk(2))
             assert len(holders(nodes, chunk(2))) >= 2
 
     run(test)
@@ -355,7 +365,9 @@ def test_a_peer_that_lags_for_long_is_left_to_its_own_repair() -> None:
     run(test)
 
 
-def test_a_receiver_that_spares_as_much_as_it_can_is_asked_again_later() -> None:
+def test_a_receiver_that_spares_as_much_as_it_can_is_asked_again_later(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async def test() -> None:
         async with cluster(3, off={3}) as nodes:
             nodes[2].replicator.pins._most = 0
@@ -367,6 +379,7 @@ def test_a_receiver_that_spares_as_much_as_it_can_is_asked_again_later() -> None
             assert holders(nodes, chunk(1)) == {1, 2}
 
     run(test)
+    assert not caplog.records, "it is nothing to worry about"
 
 
 def test_a_sync_that_fails_ends_the_replicator() -> None:
