@@ -199,12 +199,7 @@ class Node:
                 nursery.start_soon(self.catching_up.run)
                 nursery.start_soon(self.snapshots.run)
                 await nursery.start(self.peering.run)
-                await self._formatted()
-                orphans = self.files.orphans.recover()
-                log.info("state is open revision=%d orphans=%d", self.store.revision, orphans)
-                if options.subtree != "/":
-                    await self.filesystem.use_subtree(os.fsencode(options.subtree))
-                self.store.observe(self.observe)
+                # Before there is anything to serve: who waits for that wants to know how far it is.
                 cluster = ClusterControl(self.store.identity, self.store, self.members, self.lags,
                                          self.peering, self.clock, SystemEntropy())  # fmt: skip
                 check = OnlineCheck(self.store, self.blobs)
@@ -216,6 +211,12 @@ class Node:
                     release=_release(),
                 )
                 await nursery.start(partial(control.serve, str(self.directory.control_socket)))
+                await self._formatted()
+                orphans = self.files.orphans.recover()
+                log.info("state is open revision=%d orphans=%d", self.store.revision, orphans)
+                if options.subtree != "/":
+                    await self.filesystem.use_subtree(os.fsencode(options.subtree))
+                self.store.observe(self.observe)
                 nursery.start_soon(self.upkeep.run)
                 nursery.start_soon(self._signals)
                 gc.collect()

@@ -27,6 +27,7 @@ _CONDITIONS: Final = {
         "advice": "read daemon.log in the state directory; unmount, check the disk, aspen check --offline",
     },
 }
+_IDS: Final = ("node", "leader")  # of nodes: no figures
 _COUNTERS: Final = {"revision", "committed", "applied", "durable", "syncs", "applied_batches"}
 
 
@@ -48,7 +49,7 @@ def describe(
     problems = [] if state == "ok" else [_CONDITIONS[state]]
     problems += [problem._asdict() for problem in others.problems]
     numbers: dict[str, int | float] = {
-        **{key: value for key, value in figures.items() if isinstance(value, int)},
+        **{key: value for key, value in figures.items() if isinstance(value, int) and key not in _IDS},
         "inodes": volume.inode_count(),
         "inodes_known": len(filesystem.known),
         "handles": len(filesystem.handles),

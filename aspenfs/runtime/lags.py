@@ -46,9 +46,10 @@ class Lags:
         return self._told.get(node)
 
     def _own(self) -> dict[int, int]:
-        """Of a leader."""
+        """Of a leader. Who has not answered it yet may have all or nothing."""
         raft = self._consensus.replica.raft
-        lags = {node: max(0, raft.last_index - each.match) for node, each in raft.progress().items()}
+        known = {node: each.match for node, each in raft.progress().items() if each.match}
+        lags = {node: max(0, raft.last_index - match) for node, match in known.items()}
         return {**lags, raft.node_id: 0}
 
     async def answer(self, sender: NodeId, body: Any) -> list[tuple[int, int]]:

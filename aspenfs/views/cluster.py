@@ -53,7 +53,9 @@ def _lines(name: str, value: object, indent: str) -> list[str]:
 def _word(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return "-" if value is None or value == "" or value == [] or value == {} else str(value)
+    if value is None or value in ("", [], {}):
+        return "-"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def members(status: Status) -> str:
