@@ -123,8 +123,10 @@ class WriteBehind:
     # --- waiting ---
 
     async def settled(self, node: int) -> None:
-        """Returns when nothing is under way for a file: reads show what was written, if it could be."""
-        while (file := self.files.get(node)) is not None:
+        """Returns when what was written to a file before the call is committed, or given up: then reads
+        show it. What comes meanwhile is not waited for."""
+        file = self.files.get(node)
+        if file is not None:
             await self._over(file, file.taken)
 
     async def all_settled(self) -> None:
