@@ -50,7 +50,7 @@ from aspenfs.runtime.lags import Lags
 from aspenfs.runtime.members import Members
 from aspenfs.runtime.peering import Peering, Switch
 from aspenfs.runtime.reserve import Reserve
-from aspenfs.runtime.snapshots.server import SnapshotServer
+from aspenfs.runtime.snapshots.server import SnapshotServer, digest_of_state
 from aspenfs.runtime.system import SystemClock, SystemEntropy
 from aspenfs.vfs.filesystem import ROOT_INODE, FileSystem
 from aspenfs.vfs.tree import Usage
@@ -206,7 +206,8 @@ class Node:
                 control = ControlServer(
                     self.store,
                     self.status,
-                    {"check": check.handle, "sync": self._sync, **cluster.handlers},
+                    {"check": check.handle, "sync": self._sync, "state.digest": self._digest,
+                     **cluster.handlers},
                     clock=self.clock,
                     release=_release(),
                 )
@@ -265,6 +266,11 @@ class Node:
         """`aspen sync`: access times too, then all that was accepted is committed; the revision."""
         await self.filesystem.sync()
         return await self.store.committed()
+
+    async def _digest(self, call: Call) -> Mapping[str, Any]:
+        """The digest of what is applied, alike on every node at that index: to compare nodes."""
+        found = await digest_of_state(self.store.state)
+        return {"index": found.index, "digest": found.digest.hex(), "rows": found.rows}
 
     async def _signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
