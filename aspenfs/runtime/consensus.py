@@ -146,7 +146,8 @@ class Consensus:
         except Exception as error:
             self._failed(error)
             return
-        self.wake()
+        # At once: they came in one frame, and each turn of the loop is time that somebody waits.
+        self._guarded(self.replica.pump)
 
     def unreachable(self, node: int) -> None:
         """Messages to `node` got lost."""
