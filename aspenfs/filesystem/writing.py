@@ -52,7 +52,7 @@ from aspenfs.limits import (
     MIB,
 )
 
-INLINE_BYTES_MAX: Final = MIB // 2  # that travel in one transaction
+INLINE_BYTES_MAX: Final = MIB // 2  # that travel in one transaction, and what the last piece puts back
 BLOBS_MAX: Final = 32  # that one transaction names anew: their bytes are sent to others before it
 
 
@@ -116,9 +116,7 @@ class _Plan:
         there is no room."""
         deltas = len(self.references.deltas.keys() | references.deltas.keys())
         if self.starts and (
-            step.changed & self.changed
-            or len(self.operations) + len(step.operations) + deltas > OPS_ROOM
-            or self.inline_bytes + len(piece.data) + step.put_back > INLINE_BYTES_MAX
+            step.changed & self.changed or len(self.operations) + len(step.operations) + deltas > OPS_ROOM
         ):
             return False
         self.starts.append(start)

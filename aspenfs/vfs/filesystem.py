@@ -317,7 +317,7 @@ class FileSystem:
 
         With a name goes the listing of its directory, which is the directory's data."""
         for tree in self.trees:
-            for node, data, parent, name in tree.touched(event):
+            for node, data, parent, name, _ in tree.touched(event):
                 above = None if parent is None else self.ino_of(tree, parent)
                 yield None if node is None else self.ino_of(tree, node), data, above, name
                 if above is not None:

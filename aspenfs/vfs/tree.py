@@ -75,6 +75,7 @@ class Touched(NamedTuple):
     data: bool = False  # pages too, not attributes only
     parent: int | None = None
     name: bytes = b""
+    child: int | None = None  # what the name meant, 0: nothing; None if the tree does not know
 
 
 PAGE_BYTES: Final = 4096
@@ -130,9 +131,25 @@ class Tree:
     negative_timeout_s: float = 0.0
     writable = False
 
+    # A write may return before it is committed: each close(2) asks for its outcome (`OpenFile.flush`).
+    write_behind = False
+
+    # --- what the driver puts in their place ---
     def is_known(self, node: int) -> bool:
-        """Whether the kernel has looked the node up and not forgotten it; the driver replaces this."""
+        """Whether the kernel has looked the node up and not forgotten it."""
         return False
+
+    def displaced(self, node: int) -> None:
+        """What the kernel has of the bytes of a file is not what is stored: it should drop it."""
+
+    async def fresh(self) -> None:
+        """Returns when reads here show all that was committed anywhere before the call."""
+
+    # --- being sure ---
+    def names_it(self, parent: int, name: bytes, node: int) -> bool:
+        """Whether a name means this node now. Asked on several nodes, where it may have changed since our
+        own transaction made it so."""
+        return True
 
     # --- reading ---
     async def lookup(self, parent: int, name: bytes) -> Attr:

@@ -2,9 +2,10 @@
 
 Belongs here: what is of this mount only, and dies with it: open handles, access times not yet written
 (relatime, no commit per read), and the last attributes of inodes that lost their name while the kernel
-still held them. Everything else is in the store.
+still held them. Everything else is in the store. Not here: what an open file does (`files_open.py`).
 
-A write(2) is one transaction, accepted when it returns: there is never anything to flush at close(2).
+On several nodes a transaction suspends, and others' come in between. So what a reply tells of an inode is
+looked up when the reply is made, with no await behind it.
 """
 
 import os
@@ -17,8 +18,11 @@ from aspenfs.filesystem import layout
 from aspenfs.filesystem.attributes import AttributeOperations
 from aspenfs.filesystem.content import Content
 from aspenfs.filesystem.namespace import Namespace, Removed
-from aspenfs.filesystem.volume import Volume
-from aspenfs.kv.types import Event
+from aspenfs.filesystem.orphans import Orphans
+from aspenfs.filesystem.volume import ATTEMPTS, Volume, conflict
+from aspenfs.filesystem.write_behind import WriteBehind
+from aspenfs.filesystem.writing import Writer
+from aspenfs.kv.types import Event, Record
 from aspenfs.limits import TXN_OPS_MAX
 from aspenfs.vfs.tree import (
     Attr,
@@ -28,8 +32,8 @@ from aspenfs.vfs.tree import (
     Touched,
     Tree,
     Usage,
-    is_write_back,
 )
+from aspenfs.views.files_open import OpenInode
 
 DAY_NS: Final = 24 * 3600 * 10**9
 INODES_MAX: Final = (1 << 48) - 1
@@ -61,13 +65,16 @@ class FilesTree(Tree):
     def __init__(self, volume: Volume, usage: Callable[[], Usage], *, atime: bool = True) -> None:
         self.volume, self.store, self.usage, self.keep_atime = volume, volume.store, usage, atime
         self.content = Content(volume)
+        self.writer = Writer(volume, self.content)
+        self.writes = WriteBehind(volume, self.writer, lambda node: self.displaced(node))
         self.names = Namespace(volume, self.content, self.is_open, lambda node: self.is_known(node))
+        self.orphans = Orphans(volume, self.content, self.is_open, lambda node: self.is_known(node))
         self.attributes = AttributeOperations(volume)
         self.open_counts: dict[int, int] = {}
         self.ghosts: dict[int, Attr] = {}  # no row any more, but the kernel may still ask
-        self.orphans: set[int] = set()  # a row without a name, kept for a handle or for the kernel
-        self.doomed: dict[int, None] = {}  # orphans that nobody holds any more: to be reaped, in this order
         self.atimes: dict[int, int] = {}
+        # Files that a handle open for reading and appending has: where the kernel believes their end to be.
+        self.appended_to: dict[int, int] = {}
         # The directory that was last listed in one go, its revision then, and its entries: a change of any of
         # them changes the directory too.
         self.just_listed: tuple[int, int, dict[bytes, int]] = 0, 0, {}
@@ -79,10 +86,27 @@ class FilesTree(Tree):
 
     async def lookup(self, parent: int, name: bytes) -> Attr:
         node, _ = self.names.find(parent, name)
+        settled = 0
+        while node in self.writes.files and node != settled:
+            await self.writes.settled(node)
+            settled = node
+            node, _ = self.names.find(parent, name)
         return self._attr(node)
 
     async def getattr(self, node: int) -> Attr:
+        if self.writes.files:
+            await self.writes.settled(node)
         return self._attr(node)
+
+    def names_it(self, parent: int, name: bytes, node: int) -> bool:
+        row = self.store.get(layout.dirent_key(parent, name))
+        return row is not None and layout.DIRENT.unpack(row.value)[0] == node
+
+    def size_of(self, node: int) -> int:
+        record = self.store.get(layout.inode_key(node))
+        if record is None:
+            raise errors.Stale(f"inode {node} is gone")
+        return layout.unpack_inode(record.value).size
 
     def _attr(self, node: int) -> Attr:
         record = self.store.get(layout.INODE_PREFIX + node.to_bytes(8, "big"))
@@ -92,6 +116,8 @@ class FilesTree(Tree):
                 raise errors.NotFound(f"inode {node}")
             return ghost
         attr = to_attr(node, _unpack_inode(record[0]))
+        if node in self.appended_to:
+            self.appended_to[node] = attr.size
         if node in self.atimes:
             return attr._replace(atime_ns=max(attr.atime_ns, self.atimes[node]))
         return attr
@@ -109,11 +135,12 @@ class FilesTree(Tree):
         try:
             record = self.store.get(layout.INODE_PREFIX + node.to_bytes(8, "big"))
             # Without a name it may be on its way out, unless it is held.
-            if record is None or (record[0].startswith(_NO_NAME) and node not in self.orphans):
+            if record is None or (record[0].startswith(_NO_NAME) and not self.orphans.may_open(node)):
                 raise errors.Stale(f"inode {node} is gone")
             if node in self.names.going:
                 await self.names.keep(node)
             if flags & os.O_TRUNC:
+                await self.writes.settled(node)
                 inode = await self.content.truncate(node, 0)
                 if inode.mode & SET_IDS and caller.uid:
                     await self.attributes.change(node, mode=_without_set_ids(inode.mode))
@@ -122,8 +149,10 @@ class FilesTree(Tree):
             raise
         return handle
 
-    def _handle(self, node: int, flags: int) -> "OpenInode":
+    def _handle(self, node: int, flags: int) -> OpenInode:
         self.open_counts[node] = self.open_counts.get(node, 0) + 1
+        if flags & os.O_APPEND and flags & os.O_ACCMODE == os.O_RDWR:
+            self.appended_to.setdefault(node, -1)
         return OpenInode(self, node, flags)
 
     def list_names(self, node: int, behind: Any, limit: int) -> tuple[Sequence[bytes], Any]:
@@ -137,12 +166,15 @@ class FilesTree(Tree):
             self.was_read(node, inode)
         entries = self.names.entries(node, behind, limit)
         if behind is None and len(entries) < limit:
+            assert record is not None  # it is a directory
             self.just_listed = node, record.mod_revision, {name: child for name, child, _ in entries}
         names = [entry[0] for entry in entries]
         return names, names[-1] if len(names) == limit else None
 
     async def listed(self, node: int, names: Sequence[bytes]) -> list[Attr | None]:
         directory, revision, children = self.just_listed
+        for child in self.writes.files.keys() & children.values():
+            await self.writes.settled(child)
         record = self.store.get(layout.inode_key(node))
         if directory != node or record is None or record.mod_revision != revision:
             return await super().listed(node, names)
@@ -175,8 +207,8 @@ class FilesTree(Tree):
             self.ghosts[node] = ghost = _changed(ghost, wanted, self.volume.now())
             return ghost
         mode, uid, gid, size, atime, mtime, ctime = wanted
-        if atime is not None:
-            self.atimes.pop(node, None)
+        if self.writes.files:
+            await self.writes.settled(node)
         inode = None
         # Owner first, size, then times and mode, which also undo what a size change did to the times.
         if uid is not None or gid is not None:
@@ -187,38 +219,64 @@ class FilesTree(Tree):
             inode = await self.content.truncate(node, size)
         if (mode, atime, mtime, ctime) != (None,) * 4 and (size is not None or inode is None):
             inode = await self.attributes.change(node, **_rest(mode, atime, mtime, ctime))
-        return self._attr(node) if inode is None else to_attr(node, inode)
+        if atime is not None:
+            self.atimes.pop(node, None)
+        return self._attr(node) if inode is None else self._now(node, inode)
 
     async def create(
         self, parent: int, name: bytes, mode: int, flags: int, caller: Caller
     ) -> tuple[Attr, OpenFile]:
-        try:
-            node, inode = await self.names.make(
-                parent, name, stat.S_IFREG | mode & 0o7777, caller.uid, caller.gid
-            )
-        except errors.AlreadyExists:
-            if flags & os.O_EXCL:
-                raise
-            node, kind = self.names.find(parent, name)
-            if kind != stat.S_IFREG >> 12:
-                raise
-            handle = await self.open(node, flags, caller)
+        for _ in range(ATTEMPTS):
+            try:
+                return await self._create(parent, name, stat.S_IFREG | mode & 0o7777, flags, caller)
+            except errors.AlreadyExists:
+                if flags & os.O_EXCL:
+                    raise
+            await self.fresh()  # it is opened: what was closed elsewhere by now is in it
+            try:
+                node, kind = self.names.find(parent, name)
+                if kind != stat.S_IFREG >> 12:
+                    raise errors.AlreadyExists(name)
+                handle = await self.open(node, flags, caller)
+            except (errors.NotFound, errors.Stale):
+                continue  # it went meanwhile
             return self._attr(node), handle
-        return to_attr(node, inode), self._handle(node, flags)
+        raise conflict("create")
+
+    async def _create(
+        self, parent: int, name: bytes, mode: int, flags: int, caller: Caller
+    ) -> tuple[Attr, OpenFile]:
+        node = await self.volume.new_id()
+        handle = self._handle(node, flags)  # first: others may remove it as soon as it is there
+        try:
+            _, inode = await self.names.make(parent, name, mode, caller.uid, caller.gid, node=node)
+        except BaseException:
+            self.released(node)
+            raise
+        return self._now(node, inode), handle
 
     async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Attr:
-        return to_attr(*await self.names.make(parent, name, mode, caller.uid, caller.gid, rdev))
+        return self._now(*await self.names.make(parent, name, mode, caller.uid, caller.gid, rdev))
 
     async def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Attr:
         mode = stat.S_IFDIR | mode & 0o7777
-        return to_attr(*await self.names.make(parent, name, mode, caller.uid, caller.gid))
+        return self._now(*await self.names.make(parent, name, mode, caller.uid, caller.gid))
 
     async def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> Attr:
         mode = stat.S_IFLNK | 0o777
-        return to_attr(*await self.names.make(parent, name, mode, caller.uid, caller.gid, 0, target))
+        return self._now(*await self.names.make(parent, name, mode, caller.uid, caller.gid, 0, target))
 
     async def link(self, node: int, parent: int, name: bytes) -> Attr:
-        return to_attr(node, await self.names.link(node, parent, name))
+        return self._now(node, await self.names.link(node, parent, name))
+
+    def _now(self, node: int, inode: layout.Inode) -> Attr:
+        """The attributes of an inode that our transaction has left as `inode`: others may have changed it
+        since that was applied, even ended it."""
+        if self.store.alone:
+            return to_attr(node, inode)
+        if self.store.get(layout.inode_key(node)) is None and node not in self.ghosts:
+            self.ghosts[node] = to_attr(node, inode)._replace(nlink=0)
+        return self._attr(node)
 
     async def unlink(self, parent: int, name: bytes) -> None:
         self._removed(await self.names.unlink(parent, name))
@@ -237,10 +295,21 @@ class FilesTree(Tree):
             self.ghosts[node] = to_attr(node, inode)
             self.atimes.pop(node, None)
         elif not inode.nlink:
-            if self.is_open(node) or self.is_known(node):
-                self.orphans.add(node)
-            else:
-                self.doomed[node] = None
+            self.orphans.removed(node)
+
+    def noticed(self, event: Event) -> None:
+        """A change of the store at apply, whoever made it; to be called on several nodes, before anything
+        else is done with it."""
+        key, record, previous = event
+        kind = key[:3]
+        if kind == layout.INODE_PREFIX:
+            if record is None and previous is not None:
+                node = int.from_bytes(key[3:11], "big")
+                self.atimes.pop(node, None)
+                if self.is_known(node) and node not in self.ghosts:
+                    self.ghosts[node] = to_attr(node, _unpack_inode(previous.value))._replace(nlink=0)
+        elif kind == layout.ORPHAN_PREFIX or kind == layout.SESSION_PREFIX:
+            self.orphans.noticed(event)
 
     # --- extended attributes ---
 
@@ -268,22 +337,23 @@ class FilesTree(Tree):
             self.open_counts[node] = left
             return
         del self.open_counts[node]
-        if node in self.orphans and not self.is_known(node):
-            self._doom(node)
+        self.writes.failures.pop(node, None)
+        self.appended_to.pop(node, None)
+        if not self.is_known(node):
+            self.orphans.unused(node)
 
     def forgotten(self, node: int) -> None:
         self.ghosts.pop(node, None)
-        if node in self.orphans and not self.is_open(node):
-            self._doom(node)
+        if not self.is_open(node):
+            self.orphans.unused(node)
 
-    def _doom(self, node: int) -> None:
-        self.orphans.discard(node)
-        self.doomed[node] = None
+    @property
+    def write_behind(self) -> bool:
+        return self.writes.returns_early
 
-    def unmounted(self) -> None:
-        """The kernel holds nothing any more, and will not say so."""
-        for node in list(self.orphans):
-            self._doom(node)
+    @write_behind.setter
+    def write_behind(self, allowed: bool) -> None:
+        self.writes.returns_early = allowed
 
     async def flush_atimes(self) -> None:
         """Writes the access times that reads have moved."""
@@ -299,24 +369,7 @@ class FilesTree(Tree):
 
     async def reap(self, most: int = 64) -> int:
         """Ends up to `most` orphans that nobody holds any more; how many it ended."""
-        ended = 0
-        while self.doomed and ended < most:
-            node = next(iter(self.doomed))
-            del self.doomed[node]
-            try:
-                await self.names.reap(node)
-            except BaseException:
-                self.doomed[node] = None  # behind the others
-                raise
-            ended += 1
-        return ended
-
-    def recover(self) -> int:
-        """At start: what was open and without a name when the last daemon ended is to be reaped; how many.
-        Not done here: on a full disk the mount must come up, so that something can be deleted."""
-        orphans = self.names.orphans()
-        self.doomed.update(dict.fromkeys(orphans))
-        return len(orphans)
+        return await self.orphans.reap(most)
 
     def parent_of(self, node: int) -> int:
         return self.volume.directory(node).parent
@@ -326,46 +379,20 @@ class FilesTree(Tree):
         kind = key[:3]
         node = int.from_bytes(key[3:11], "big")
         if kind == layout.DIRENT_PREFIX:
-            yield Touched(parent=node, name=key[11:])
+            previous = event.previous
+            child = 0 if previous is None else layout.DIRENT.unpack(previous.value)[0]
+            yield Touched(parent=node, name=key[11:], child=child)
             yield Touched(node=node)
-        elif kind == layout.INODE_PREFIX or kind == layout.XATTR_PREFIX:
+        elif kind == layout.INODE_PREFIX:
+            yield Touched(node=node, data=_size(event.record) != _size(event.previous))
+        elif kind == layout.XATTR_PREFIX:
             yield Touched(node=node)
         elif kind == layout.EXTENT_PREFIX:
             yield Touched(node=node, data=True)
 
 
-class OpenInode(OpenFile):
-    """An open regular file."""
-
-    __slots__ = ("flags", "node", "tree")
-
-    def __init__(self, tree: FilesTree, node: int, flags: int) -> None:
-        self.tree, self.node, self.flags = tree, node, flags
-
-    async def read(self, offset: int, size: int) -> bytes:
-        tree = self.tree
-        inode = tree.volume.inode(self.node)
-        try:
-            data = tree.content.read(self.node, offset, size, inode.size)
-        except errors.Corrupt as problem:
-            data = await tree.content.read_through(self.node, offset, size, problem)
-        tree.was_read(self.node, inode)
-        return data  # type: ignore[return-value]  # any buffer will do for the kernel
-
-    async def write(self, offset: int, data: bytes) -> int:
-        at: int | None = offset
-        if self.flags & os.O_APPEND:
-            size = self.tree.volume.inode(self.node).size
-            if not is_write_back(self.flags, offset, len(data), size):
-                at = None
-        await self.tree.content.write(self.node, at, data)
-        return len(data)
-
-    async def sync(self, data_only: bool) -> None:
-        await self.tree.store.committed()
-
-    async def release(self) -> None:
-        self.tree.released(self.node)
+def _size(record: Record | None) -> bytes | None:
+    return None if record is None else record.value[layout.SIZE : layout.SIZE + 8]
 
 
 def _rest(mode: int | None, atime: int | None, mtime: int | None, ctime: int | None) -> dict[str, int | None]:

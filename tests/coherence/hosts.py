@@ -367,3 +367,9 @@ async def together(*works: Callable[[], Awaitable[object]]) -> list[Any]:
         for at, work in enumerate(works):
             nursery.start_soon(one, at, work)
     return results
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Returns when it holds."""
+    while not condition():  # noqa: ASYNC110 – virtual time costs nothing
+        await trio.sleep(0.0005)

@@ -10,7 +10,7 @@ from aspenfs import errors
 from aspenfs.filesystem import layout
 from aspenfs.limits import SESSION_TTL_MS
 from aspenfs.vfs.tree import OpenFile
-from tests.coherence.hosts import Host, Hosts, run, together
+from tests.coherence.hosts import Host, Hosts, run, together, until
 from tests.filesystem.volumes import CALLER
 from tests.views.subject import whole
 
@@ -205,8 +205,7 @@ def test_an_orphan_that_is_being_ended_is_not_held_again() -> None:
         await hosts.everywhere()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(a.tree.reap)
-            while b.tree.size_of(attr.node) == 6_000_000:
-                await trio.sleep(0.001)
+            await until(lambda: b.tree.size_of(attr.node) < 6_000_000)
             await b.tree.orphans.round()
         await hosts.everywhere()
         with pytest.raises(errors.Stale):
@@ -369,8 +368,7 @@ def test_a_file_made_here_and_removed_elsewhere_before_create_returns_is_held() 
             results.append((await b.tree.create(1, b"f", 0o644, os.O_RDWR, CALLER))[1])
 
         hosts.nursery.start_soon(making)
-        while not await a.mounted.exists(b"f"):
-            await trio.sleep(0.01)
+        await until(lambda: a.store.get(layout.dirent_key(1, b"f")) is not None)
         await a.mounted.unlink(b"f")
         b.store.go_on()
         await trio.sleep(LONG_S)
