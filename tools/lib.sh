@@ -18,6 +18,7 @@ DEBIAN_DEV=(
     "sqlite3        command -v sqlite3"
     "rsync          command -v rsync"
     "make           command -v make"
+    "iproute2       command -v ip"
 )
 
 say() { printf '%s: %s\n' "$TOOL" "$*"; }
