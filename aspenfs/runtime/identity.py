@@ -1,9 +1,11 @@
-"""Who a state directory is: cluster, node, birth mark, incarnation. Small files, each written durably and whole.
+"""Who a state directory is: cluster, node, birth mark, incarnation. Small files, written durably and whole.
 
-    cluster.json   {"format": 1, "cluster_id": 32 hex digits, "name": the cluster's name, "node_id": 1}; written once
+    cluster.json   {"format": 1, "cluster_id": 32 hex digits, "name": the cluster's name, "node_id": 1}
     incarnation    {"format": 1, "incarnation": n}: how often a node started here
-    wal/born       32 hex digits and a newline: the birth mark; written once
+    wal/born       32 hex digits and a newline: the birth mark
     node.key, node.crt, ca.crt, ca.key   what peers/ca.py makes, PEM
+
+All but the incarnation and what is certified are written once.
 
 The *birth mark* is drawn once for a log and lies beside it, so that it goes when the log goes. The node's
 certificate and its row among the members name it too: who lost the log cannot come back under the old id,
@@ -102,7 +104,7 @@ def born(directory: Path) -> bytes | None:
     except ValueError:
         mark = b""
     if len(mark) != BORN_BYTES:
-        raise Corrupt(str(path), 0, "not a birth mark", "join the cluster again with an empty state directory")
+        raise Corrupt(str(path), 0, "not a birth mark", "join again with an empty state directory")
     return mark
 
 
@@ -152,7 +154,8 @@ def begin_incarnation(directory: Path) -> int:
     number = incarnation(directory) + 1
     if number > INCARNATION_MAX:
         raise InvalidArgument(f"{directory} has seen {INCARNATION_MAX} starts: join again with a new ticket")
-    write_file(directory / INCARNATION_FILE, json.dumps({"format": FORMAT, "incarnation": number}).encode() + b"\n")
+    fields = {"format": FORMAT, "incarnation": number}
+    write_file(directory / INCARNATION_FILE, json.dumps(fields).encode() + b"\n")
     return number
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from aspenfs.errors import Corrupt, InvalidArgument
+from aspenfs.errors import Corrupt, IdentityLost, InvalidArgument
 from aspenfs.runtime import identity
 from tests.kv.subject import FakeEntropy
 
@@ -47,3 +47,79 @@ def test_what_cannot_be_understood_is_corrupt(tmp_path: Path, text: bytes) -> No
     (tmp_path / identity.FILE_NAME).write_bytes(text)
     with pytest.raises(Corrupt, match=r"cluster\.json"):
         identity.read(tmp_path)
+
+
+def test_a_node_of_any_id_is_written_and_read_back(tmp_path: Path) -> None:
+    node = identity.Identity(b"c" * 16, "demo", (1 << 63) - 1)
+    identity.write(tmp_path, node)
+    assert identity.read(tmp_path) == node
+
+
+# --- the birth mark ---
+
+
+def test_a_log_is_born_once(tmp_path: Path) -> None:
+    assert identity.born(tmp_path) is None
+    entropy = FakeEntropy()
+    mark = identity.give_birth(tmp_path, entropy)
+    assert len(mark) == identity.BORN_BYTES
+    assert identity.give_birth(tmp_path, entropy) == mark == identity.born(tmp_path)
+    identity.check_born(tmp_path, mark)
+
+
+def test_a_log_that_is_gone_or_another_one_is_not_taken_for_the_one_that_was_there(tmp_path: Path) -> None:
+    mark = identity.give_birth(tmp_path, FakeEntropy())
+    with pytest.raises(IdentityLost):
+        identity.check_born(tmp_path, b"x" * identity.BORN_BYTES)
+    (tmp_path / identity.BORN_FILE).unlink()
+    with pytest.raises(IdentityLost):
+        identity.check_born(tmp_path, mark)
+
+
+@pytest.mark.parametrize("text", [b"", b"00", b"zz" * 16, b"\xff" * 32, b"00" * 17])
+def test_a_birth_mark_that_cannot_be_understood_is_corrupt(tmp_path: Path, text: bytes) -> None:
+    identity.give_birth(tmp_path, FakeEntropy())
+    (tmp_path / identity.BORN_FILE).write_bytes(text)
+    with pytest.raises(Corrupt, match="birth mark"):
+        identity.give_birth(tmp_path, FakeEntropy())
+
+
+# --- the incarnation ---
+
+
+def test_each_start_is_a_new_incarnation(tmp_path: Path) -> None:
+    assert identity.incarnation(tmp_path) == 0
+    assert [identity.begin_incarnation(tmp_path) for _ in range(3)] == [1, 2, 3]
+    assert identity.incarnation(tmp_path) == 3
+
+
+@pytest.mark.parametrize("text", [
+    b"", b"7", b'{"format": 1}', b'{"format": 2, "incarnation": 7}', b'{"format": 1, "incarnation": "7"}',
+    b'{"format": 1, "incarnation": 0}', b'{"format": 1, "incarnation": 16777216}',
+    b'{"format": 1, "incarnation": true}',
+])  # fmt: skip
+def test_an_incarnation_that_cannot_be_understood_is_corrupt(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / identity.INCARNATION_FILE).write_bytes(text)
+    with pytest.raises(Corrupt, match="incarnation"):
+        identity.begin_incarnation(tmp_path)
+
+
+def test_incarnations_end_before_they_overflow(tmp_path: Path) -> None:
+    last = json.dumps({"format": 1, "incarnation": identity.INCARNATION_MAX}).encode()
+    (tmp_path / identity.INCARNATION_FILE).write_bytes(last)
+    with pytest.raises(InvalidArgument):
+        identity.begin_incarnation(tmp_path)
+
+
+def test_a_file_is_replaced_whole_whatever_was_left_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    (tmp_path / "file.new").write_bytes(b"half of a draft that is lon")
+    (tmp_path / "file.new").chmod(0o666)
+    identity.write_file(path, b"one")
+    identity.write_file(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert list(tmp_path.iterdir()) == [path]
+    identity.remove_file(path)
+    identity.remove_file(path)
+    assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@
 """
 
 import ipaddress
+import os
 import re
 import socket
 from collections.abc import Iterable
@@ -52,8 +53,8 @@ def parse(text: str, *, listen: bool = False) -> Address:
 
 def _is_host(host: str) -> bool:
     if ":" in host:
-        if _SCOPED.fullmatch(host):
-            host = host.partition("%")[0]
+        if "%" in host and not _SCOPED.fullmatch(host):
+            return False
         try:
             ipaddress.IPv6Address(host)
         except ValueError:
@@ -101,6 +102,8 @@ def _reason(error: BaseException) -> str:
         inner = inner.exceptions[0]
     if isinstance(inner, OSError):
         return _reason(inner)
+    if isinstance(error, OSError) and error.errno and not isinstance(error, socket.gaierror):
+        return os.strerror(error.errno)
     return getattr(error, "strerror", None) or str(error)
 
 

@@ -41,6 +41,7 @@ RENEW, KEYS, STATE = "ca.renew", "ca.keys", "ca.state"
 
 T = TypeVar("T")
 
+_RETRY_S = 0.5  # at first, then twice as long each time
 _ASK_S = PROPOSAL_TIMEOUT_MS / 1000
 
 
@@ -99,6 +100,12 @@ class Keeper:
     @property
     def bundle(self) -> Sequence[x509.Certificate]:
         return self._network.credentials.bundle
+
+    @property
+    def signing_fingerprint(self) -> bytes:
+        """Of the CA that signs, as the cluster has it: what a ticket names."""
+        found = read_row(self._store)
+        return found[0].signing if found is not None else ca.fingerprint(self.bundle[0])
 
     @property
     def expires_ns(self) -> int:
@@ -177,17 +184,18 @@ class Keeper:
         """Until cancelled. What does not work out is tried again; the log says why it did not."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_row)
-            complaint = ""
+            complaint, pause_s = "", float(CA_CHECK_S)
             while True:
                 self._stirred = trio.Event()
                 try:
                     await self._bring_nearer()
-                    complaint = ""
+                    complaint, pause_s = "", float(CA_CHECK_S)
                 except (AspenError, OSError) as error:
+                    pause_s = min(2 * pause_s, CA_CHECK_S) if complaint else _RETRY_S
                     if str(error) != complaint:
                         complaint = str(error)
                         log.info("ca: not up to date yet: %s", complaint)
-                with trio.move_on_after(CA_CHECK_S * random.uniform(0.5, 1.0)):
+                with trio.move_on_after(pause_s * random.uniform(0.5, 1.0)):
                     await self._stirred.wait()
 
     async def _watch_row(self) -> None:
@@ -377,7 +385,7 @@ class Keeper:
             if line != told:
                 progress(line)
                 told = line
-            await trio.sleep(CA_CHECK_S / 10)
+            await trio.sleep(_RETRY_S)
 
     async def _fulfils(self, node: int, condition: Callable[[State, bool], bool]) -> bool:
         if node == self._network.node_id:

@@ -35,7 +35,7 @@ class Credentials(NamedTuple):
     directory: Path
     name: NodeName
     certificate: x509.Certificate
-    bundle: Sequence[x509.Certificate]
+    bundle: tuple[x509.Certificate, ...]
 
     def server_context(self) -> ssl.SSLContext:
         """Asks for a certificate and checks it, but lets those without one in: they may join, no more."""
@@ -91,7 +91,7 @@ def load(directory: Path) -> Credentials | None:
     bundle = load_bundle(directory)
     if ca.issued_by(certificate, bundle) is None:
         raise Corrupt(str(path), 0, f"no CA of {identity.CA_BUNDLE_FILE} signed it", _ADVICE)
-    return Credentials(directory, name, certificate, bundle)
+    return Credentials(directory, name, certificate, tuple(bundle))
 
 
 def establish(directory: Path, clock: Clock, entropy: Entropy) -> Credentials:
@@ -137,7 +137,7 @@ def install(directory: Path, certificate: x509.Certificate,
     trust(directory, bundle)
     path = directory / identity.NODE_CERTIFICATE_FILE
     identity.write_file(path, ca.bundle_pem([certificate]))
-    return Credentials(directory, name, certificate, bundle)
+    return Credentials(directory, name, certificate, tuple(bundle))
 
 
 def trust(directory: Path, bundle: Sequence[x509.Certificate]) -> None:

@@ -99,8 +99,10 @@ async def _ask_each(ticket: Ticket, wish: Join) -> tuple[Admitted, list[x509.Cer
             raise
         except AspenError as error:
             failures.append(error)
-    if len(failures) == 1:
-        raise failures[0]
+    # What somebody answered is worth more than that nobody did.
+    for failure in failures:
+        if not isinstance(failure, PeerUnreachable) or len(failures) == 1:
+            raise failure
     causes = "; ".join(str(error) for error in failures)
     raise PeerUnreachable(f"no address of the ticket let this node in: {causes}")
 

@@ -211,6 +211,7 @@ class Link:
         """What the connection was made with is outdated: make another one."""
         if self.channel is not None:
             self.channel.due.set()
+        self.hurry()
 
     async def run(self) -> None:
         """Until cancelled (`scope`)."""
