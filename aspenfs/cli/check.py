@@ -68,8 +68,8 @@ def _offline(settings: Settings, repair: bool) -> tuple[list[dict[str, object]],
 def _online(settings: Settings) -> tuple[list[dict[str, object]], dict[str, int]]:
     with failures(), settings.client() as client:
         answer = client.call("check")
-    names = ("part", "where", "text", "mendable")
-    return [{**dict(zip(names, item, strict=True)), "mended": False} for item in answer.items], answer.result
+    names = ("part", "where", "text", "mendable", "mended")
+    return [dict(zip(names, item, strict=True)) for item in answer.items], answer.result
 
 
 def _show(findings: list[dict[str, object]], totals: dict[str, int], offline: bool) -> None:

@@ -18,6 +18,7 @@ from aspenfs.cli.lock import StateLock
 from aspenfs.cli.paths import StateDirectory
 from aspenfs.filesystem.check import Check, Problem, unnamed_blobs
 from aspenfs.filesystem.layout import BLOB_PREFIX, named_digests
+from aspenfs.filesystem.volume import NoReplicas, Replicas
 from aspenfs.runtime.control_command import Call
 from aspenfs.runtime.disk import RealDisk
 from aspenfs.runtime.host import NodeStore
@@ -126,14 +127,15 @@ def _unmended(problem: Problem) -> Finding:
 
 
 class OnlineCheck:
-    """The daemon's own answer to `aspen check`: walks a snapshot in a thread, mends nothing."""
+    """The daemon's own answer to `aspen check`: walks a snapshot in a thread. What it mends are blobs that
+    other nodes have and this one does not, or not in one piece."""
 
-    def __init__(self, store: NodeStore, blobs: BlobStore) -> None:
-        self.store, self.blobs = store, blobs
+    def __init__(self, store: NodeStore, blobs: BlobStore, replicas: Replicas | None = None) -> None:
+        self.store, self.blobs, self.replicas = store, blobs, replicas or NoReplicas()
         self._running = False
 
     async def handle(self, call: Call) -> dict[str, int]:
-        """Sends each finding as an item [part, where, text, mendable]; the totals are the result. Busy."""
+        """Sends each finding as an item, a list of the fields of Finding; the totals are the result. Busy."""
         if self._running:
             raise errors.Busy("a check is under way; wait for its end")
         self._running = True
@@ -152,23 +154,39 @@ class OnlineCheck:
         try:
             keys = (await trio.to_thread.run_sync(self.store.verify)).keys
         except errors.Corrupt as error:
-            await call.item(["state", error.file, str(error), False])
+            await call.item([*Finding("state", error.file, str(error))])
             return {"keys": 0, "inodes": 0, "chunks": 0}
         problems, named, inodes = await trio.to_thread.run_sync(self._walk)
         for problem in problems:
-            await call.item(list(_unmended(problem)[:4]))
+            await call.item([*_unmended(problem)])
         for count, digest in enumerate(named):
             if not self.blobs.has(digest) and self._is_named(digest):
-                await call.item(["files", digest.hex(), "bytes are lost: there is no such blob", False])
+                # In a cluster it may just be on its way here: that is no finding.
+                lost = await self._fetched(digest, "bytes are lost: there is no such blob")
+                if lost:
+                    await call.item([*Finding("files", digest.hex(), lost)])
             if not count % BLOBS_A_TURN:
                 await trio.lowlevel.checkpoint()
         chunks = 0
         for found, damage in self.blobs.verify():
             chunks += 1
             if damage is not None:
-                await call.item(["blobs", found.hex() if found else damage.file, str(damage), True])
+                lost = await self._fetched(found, "") if found and self._is_named(found) else "not named"
+                where = found.hex() if found else damage.file
+                await call.item([*Finding("blobs", where, str(damage), True, mended=not lost)])
             await trio.lowlevel.checkpoint()
         return {"keys": keys, "inodes": inodes, "chunks": chunks}
+
+    async def _fetched(self, digest: bytes, otherwise: str) -> str:
+        """Gets a blob from another node; if that fails, what is to be said about it: nothing if it works."""
+        if not self.replicas.shared:
+            return otherwise or "this node is alone"
+        try:
+            if not self.blobs.has(digest):  # a good copy may lie beside a damaged one
+                await self.replicas.fetch(digest)
+        except errors.Unavailable as error:
+            return str(error)
+        return "" if self.blobs.has(digest) else "there is no room to keep it"
 
     def _is_named(self, digest: bytes) -> bool:
         """Still: the snapshot is older than the index of blobs, and what nobody names may be gone."""

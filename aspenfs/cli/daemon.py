@@ -202,7 +202,7 @@ class Node:
                 # Before there is anything to serve: who waits for that wants to know how far it is.
                 cluster = ClusterControl(self.store.identity, self.store, self.members, self.lags,
                                          self.peering, self.clock, SystemEntropy())  # fmt: skip
-                check = OnlineCheck(self.store, self.blobs)
+                check = OnlineCheck(self.store, self.blobs, self.replicator)
                 control = ControlServer(
                     self.store,
                     self.status,
@@ -236,6 +236,7 @@ class Node:
                 sd_notify("STOPPING=1")
                 self.files.orphans.unmounted()
                 await self.upkeep.tidy()
+                await self.members.step_down()
                 nursery.cancel_scope.cancel()
         finally:
             try:

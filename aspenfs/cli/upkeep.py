@@ -47,6 +47,9 @@ class Upkeep:
             except errors.NoSpace as error:
                 log.warning("housekeeping waits for space: %s", error)
                 await trio.sleep(PERIOD_S)
+            except errors.ClusterError as error:
+                log.info("housekeeping waits for a quorum: %s", error)
+                await trio.sleep(PERIOD_S)
             except errors.SyncFailed:
                 raise
             except Exception:

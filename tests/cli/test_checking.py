@@ -1,7 +1,7 @@
 """The check beside a serving daemon: what it asks in which thread, and what it finds."""
 
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from aspenfs import errors
 from aspenfs.blobs.store import BlobStore
 from aspenfs.cli.checking import OnlineCheck
 from aspenfs.filesystem import layout
+from aspenfs.filesystem.volume import NoReplicas
 from aspenfs.kv.types import add, delete, merge
 from aspenfs.runtime.control_command import Call
 from tests.filesystem.volumes import CALLER
@@ -85,6 +86,59 @@ def test_bytes_that_are_lost_are_found_and_those_that_nobody_names_any_more_are_
         await node.volume.txn([], [delete(key)])
         await check.handle(call)
         assert items == []
+
+    on_a_node(tmp_path, test)
+
+
+class Peer(NoReplicas):
+    """Another node, with chunks of its own."""
+
+    shared = True
+
+    def __init__(self, here: BlobStore) -> None:
+        self.here, self.chunks = here, dict[bytes, bytes]()
+
+    async def fetch(self, digest: bytes, ahead: Sequence[bytes] = ()) -> bytes:
+        if digest not in self.chunks:
+            raise errors.Unavailable("node 2 does not have it")
+        self.here.add(digest, self.chunks[digest])
+        return self.chunks[digest]
+
+
+def test_what_another_node_has_is_fetched_and_what_none_has_is_named(tmp_path: Path) -> None:
+    async def test(node: Node, check: OnlineCheck, items: list[Any], call: Call) -> None:
+        await applied(node)
+        ((key, _),) = node.store.scan(layout.BLOB_PREFIX, b"f/c")
+        peer = check.replicas = Peer(node.blobs)
+        node.blobs.delete([key[3:]])
+        await check.handle(call)
+        assert items == [["files", key[3:].hex(), "node 2 does not have it", False, False]]
+        items.clear()
+        peer.chunks[key[3:]] = bytes(20_000)
+        await check.handle(call)
+        assert items == [], "it may have been on its way here"
+        assert node.blobs.has(key[3:])
+
+    on_a_node(tmp_path, test)
+
+
+def test_a_damaged_blob_is_mended_from_another_node(tmp_path: Path) -> None:
+    async def test(node: Node, check: OnlineCheck, items: list[Any], call: Call) -> None:
+        await applied(node)
+        ((key, _),) = node.store.scan(layout.BLOB_PREFIX, b"f/c")
+        (segment,) = (tmp_path / "blobs").glob("*.segment")
+        with segment.open("r+b") as file:
+            file.seek(5_000)
+            file.write(b"damage")
+        peer = check.replicas = Peer(node.blobs)
+        await check.handle(call)
+        assert [(item[0], item[4]) for item in items] == [("blobs", False)]
+        items.clear()
+        peer.chunks[key[3:]] = bytes(20_000)
+        await check.handle(call)
+        # The first one: found as missing, because its damage is known by now, and fetched.
+        assert [(item[0], item[4]) for item in items] == [("blobs", True)]
+        assert node.blobs.get(key[3:]) == bytes(20_000)
 
     on_a_node(tmp_path, test)
 

@@ -60,7 +60,8 @@ def test_an_orphan_that_cannot_go_now_goes_later_and_does_not_hold_up_the_others
 
 
 @pytest.mark.parametrize(
-    "error", [errors.NoSpace("full"), errors.Conflict("x"), OSError(5, "x"), ValueError()]
+    "error",
+    [errors.NoSpace("full"), errors.Conflict("x"), errors.NoQuorum("x"), OSError(5, "x"), ValueError()],
 )
 def test_no_failure_of_upkeep_ends_it(blobs: BlobStore, error: Exception) -> None:
     async def main() -> None:
