@@ -135,6 +135,7 @@ CONTROL_DELETE_KEYS = 256  # keys that one step of a deletion by prefix removes;
 
 # --- the kernel's side ---
 REQUESTS_IN_FLIGHT_MAX = 256  # handlers at work at once; further requests wait in the kernel
+ABSENT_NAMES_MAX = 65_536  # told to be absent within a second or two; beyond it any may be
 NOTIFY_PENDING_MAX = 65_536  # invalidations not yet told; beyond it every known inode is told instead
 LISTING_NAMES_MAX = 262_144  # kept in order for readers of directories, some 80 bytes each
 LISTING_STRETCH_NAMES_MAX = 65_536  # kept of one directory by one pass over it; larger ones take several

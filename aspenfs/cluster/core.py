@@ -79,6 +79,7 @@ class Core:
         self._term_start = 0  # index of its first entry
         self._term_unsynced = False  # it was elected by its own vote alone, which is not yet on disk
         self._transferee: int = NOBODY
+        self._leaving = 0  # it is no voter any more, and leads until this index is committed
         self._pending_change = 0  # no change of the configuration before this index is applied
         self._reads = ReadRounds()
         self._alone = False  # the only member, and leader
@@ -116,8 +117,9 @@ class Core:
 
     @property
     def _is_only_voter(self) -> bool:
-        configuration = self.configuration
-        return configuration.voters == (self.node_id,) and not configuration.outgoing
+        """Its own word is a quorum; learners may be there."""
+        configuration, alone = self.configuration, (self.node_id,)
+        return configuration.voters == alone and configuration.outgoing in ((), alone)
 
     def _quorum_of(self, figure: Callable[[Progress], int]) -> int:
         """The highest value of `figure` that a quorum has reached."""
@@ -130,8 +132,7 @@ class Core:
         return reached if reached != INFINITY else 0
 
     def _look_if_alone(self) -> None:
-        configuration = self.configuration
-        self._alone = self.role is LEADER and self._is_only_voter and not configuration.learners
+        self._alone = self.role is LEADER and self.configuration == Configuration((self.node_id,))
 
     # --- roles ---
 
@@ -145,6 +146,7 @@ class Core:
         self._draw_timeout()
         self._votes = {}
         self._transferee = NOBODY
+        self._leaving = 0
         self._pending_change = 0
         self.committed_in_term = self.transferred_in_term = self._term_unsynced = False
         self._reads.clear()

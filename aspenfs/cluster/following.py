@@ -34,7 +34,7 @@ class Following(Election):
             self._acknowledge(log.committed)
             return
         if entries and log.unapplied_bytes > self._bounds.unapplied:
-            return  # as if it had been lost: the leader tries again
+            return  # as if it had been lost: the leader tries again, when this node has applied more
         last = log.maybe_append(index, message.log_term, entries, self.term)
         if last is None:
             self._refuse(message)

@@ -16,6 +16,7 @@ from aspenfs.cluster.replication import Replication, read_round
 from aspenfs.cluster.types import NOBODY, Configuration, Entry, EntryKind
 from aspenfs.limits import MEMBERS_MAX
 
+_NORMAL: Final = int(EntryKind.NORMAL)
 _CONFIGURATION: Final = int(EntryKind.CONFIGURATION)
 _new = tuple.__new__
 
@@ -41,7 +42,7 @@ class Leading(Replication):
             uncommitted and uncommitted + size > bounds.uncommitted
         ) or log.unapplied_bytes > bounds.unapplied:
             raise errors.Overloaded(
-                f"{log.unapplied_bytes} bytes wait in the log, {uncommitted} for a majority"
+                f"{uncommitted} bytes of the log wait for a majority, {log.unapplied_bytes} to be applied"
             )
         return self._append(entries)
 
@@ -61,7 +62,7 @@ class Leading(Replication):
     def _check_leading(self) -> None:
         if self.role is not LEADER:
             raise errors.NotLeader(leader=self.leader)
-        if self._transferee:
+        if self.transferring:
             raise errors.NotLeader("leadership is being handed over")
 
     # --- reads ---
@@ -73,6 +74,8 @@ class Leading(Replication):
         (the leader changed, a message was lost): ask again, with a context that no node ever used.
         """
         if self.role is LEADER:
+            if self._leaving:
+                return False
             self._reads.ask(self.node_id, context)
         elif self.leader:
             self._send(MessageType.READ_INDEX, self.leader, context=context)
@@ -108,7 +111,7 @@ class Leading(Replication):
     def apply_configuration(self, change: ConfigurationChange) -> Configuration:
         """To be called as a committed CONFIGURATION entry is applied: what the configuration is from then on.
 
-        A leader that it leaves without a vote steps down.
+        A leader that it leaves without a vote steps down, when a majority of those who are left knows it.
         """
         try:
             configuration, progress = self._changer().apply(change)
@@ -129,8 +132,7 @@ class Leading(Replication):
         self._maybe_commit()  # a smaller quorum may have it already
         self._append_due = True  # new members need not wait for a heartbeat
         if not self._is_voter:
-            self._send_due()  # so that the others learn that it is committed
-            self._become_follower(self.term, NOBODY)
+            self._begin_to_leave()
         elif self._transferee and self._transferee not in self.configuration.voters:
             self._end_transfer()
         else:
@@ -152,7 +154,26 @@ class Leading(Replication):
 
     @property
     def transferring(self) -> bool:
-        return bool(self._transferee)
+        """Whether it leads and takes no proposals, because another shall lead."""
+        return bool(self._transferee or self._leaving)
+
+    def _begin_to_leave(self) -> None:
+        """This leader has lost its vote. Before it goes, a majority of the new voters must know that the
+        change is committed: two that were one of two voters each would need this node's vote to elect
+        anybody, and, its log being the longest, not get it. Whoever has one more entry knows."""
+        if not self._leaving:
+            self._reads.clear()
+            self._transferee = NOBODY
+            self._leaving = self._append([(_NORMAL, b"")])
+
+    def _leave(self) -> None:
+        """Whoever of the voters has all of the log may stand for election at once."""
+        self.transferred_in_term = True
+        for node in self.configuration.voters:
+            if self._progress[node].match == self.log.last_index:
+                self._send(MessageType.TIMEOUT_NOW, node)
+                break
+        self._become_follower(self.term, NOBODY)
 
     def transfer_leader(self, to: int) -> None:
         """Hands leadership to `to`, once its log is up to date; given up after an election timeout.
@@ -168,7 +189,7 @@ class Leading(Replication):
             return
         if to not in self.configuration.voters:
             raise errors.InvalidArgument(f"node {to} is no voter: it cannot lead")
-        if to in (self.node_id, self._transferee):
+        if self._leaving or to in (self.node_id, self._transferee):
             return
         # From its campaign on, others may vote for it although they have promised this leader their
         # loyalty. When that ends is not known, so no lease counts for the rest of the term.
@@ -192,7 +213,8 @@ class Leading(Replication):
         self._election_elapsed += 1
         if self._election_elapsed >= self._election_ticks:
             self._election_elapsed = 0
-            self._check_quorum()
+            if not self._leaving:  # it does no harm, and nobody else can tell the others
+                self._check_quorum()
             if self._transferee:
                 self._end_transfer()
         if self.role is LEADER and self._heartbeat_elapsed >= self._heartbeat_ticks:

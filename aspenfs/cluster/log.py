@@ -96,7 +96,8 @@ class RaftLog:
 
     @property
     def unapplied_bytes(self) -> int:
-        return self.bytes_between(self.applied, self.last_index)
+        """Of what is committed: it waits for nobody but this node."""
+        return self.bytes_between(self.applied, self.committed)
 
     def index_of_tail(self, size: int) -> int:
         """The index behind which the log has at most `size` bytes."""

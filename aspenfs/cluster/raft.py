@@ -178,7 +178,8 @@ class Raft(Following):
         elif kind is _HEARTBEAT_RESP:
             self._on_heartbeat_response(message)
         elif kind is _READ_INDEX:
-            self._reads.ask(message.sender, message.context)
+            if not self._leaving:
+                self._reads.ask(message.sender, message.context)
         elif kind is _TRANSFER_LEADER:
             with suppress(errors.InvalidArgument):  # the asker sees that nothing happens
                 self.transfer_leader(message.index)
@@ -240,6 +241,8 @@ class Raft(Following):
         """All that is to be done now; it counts as handed over."""
         if self._append_due:
             self._send_due()
+        if self._leaving and self.log.committed >= self._leaving:
+            self._leave()
         if self._reads.waiting and self.committed_in_term:
             self._start_round()
         if self._acknowledgement:
