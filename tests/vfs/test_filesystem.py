@@ -1,11 +1,13 @@
 """Inode numbers, lookup counts and handles, over real trees in memory."""
 
 import sys
+from collections.abc import Sequence
 
 import pytest
 import trio
 
 from aspenfs import errors
+from aspenfs.kv.types import Event
 from aspenfs.vfs.filesystem import KNOWN_KEPT, ROOT_INODE, FileSystem
 from tests.filesystem.volumes import CALLER, Setup, run
 
@@ -101,6 +103,29 @@ def test_names_and_opens_wait_for_the_barrier() -> None:
         await fs.open(ino, 0, CALLER)
         await fs.opendir(files)
         assert len(waits) == before + 3
+
+    run(test)
+
+
+def test_a_name_that_others_change_makes_the_listing_of_its_directory_stale() -> None:
+    async def test(setup: Setup) -> None:
+        await setup.tree.mkdir(1, b"srv", 0o755, CALLER)
+        whole, part = FileSystem([setup.tree], 1), FileSystem([setup.tree], 1)
+        await part.use_subtree(b"/files/srv")
+        srv, _, _ = await whole.lookup((await whole.lookup(ROOT_INODE, b"files"))[0], b"srv")
+        stale: dict[FileSystem, list[tuple[int | None, bool]]] = {whole: [], part: []}
+
+        def observe(revision: int, events: Sequence[Event], origin: object) -> None:
+            for fs, told in stale.items():
+                told += [(ino, data) for event in events for ino, data, *_ in fs.stale(event)]
+
+        setup.store.observe(observe)
+        await setup.tree.symlink((await setup.tree.lookup(1, b"srv")).node, b"new", b"target", CALLER)
+        assert (srv, True) in stale[whole]
+        assert whole.knows(srv)
+        assert (ROOT_INODE, True) in stale[part]
+        assert part.knows(ROOT_INODE), "which nobody looks up"
+        assert not part.knows(srv)
 
     run(test)
 
