@@ -109,6 +109,8 @@ class Replica:
         self._count = 0  # of the last proposal sent in `_count_term`
         self._count_term = 0
         self._acknowledged = 0  # numbers up to this one are in the leader's log
+        self._some_expired = False  # some of those sent have nobody who waits
+        self._resent_tick = -1  # when the leader last complained of a gap
         self.proposed_bytes = 0  # of proposals not yet resolved
         # As a leader: the last number taken from each node in `_taken_term`.
         self._taken: dict[int, int] = {}
@@ -220,14 +222,27 @@ class Replica:
         """The state is at `snapshot`, and so is the log; waiters whose entry it may cover are told so."""
         self._installing = None
         self.raft.snapshot_installed(snapshot)
-        sent, self._sent = self._sent, {}
-        for proposal in sent.values():
-            if proposal.repeatable and not proposal.expired:
-                self._unsent.append(proposal)
-            else:
-                self._resolve(proposal, errors.OutcomeUnknown("this node took over a newer state meanwhile"))
+        for key, proposal in list(self._sent.items()):
+            if key[0] <= snapshot.term:
+                self._hidden(key, proposal, lost=key[0] < snapshot.term)
         self._look()
         self.pump()
+
+    def _hidden(self, key: tuple[int, int], proposal: _Proposal, *, lost: bool) -> None:
+        """Whether the snapshot has it can not be known. Its number stays in use as long as its term may go on
+        (not `lost`): the leader takes no later one before it."""
+        if not proposal.expired:
+            if proposal.repeatable:
+                again = _Proposal(proposal.command, proposal.context, proposal.done, proposal.deadline_ns,
+                                  repeatable=True)  # fmt: skip
+                self.proposed_bytes += len(again.command)
+                self._unsent.append(again)
+            else:
+                error = errors.OutcomeUnknown("this node took over a newer state meanwhile")
+                self._done.append((proposal.done, error))
+            proposal.expired = self._some_expired = True
+        if lost:
+            self._resolve(self._sent.pop(key), None)
 
     def snapshot_failed(self) -> None:
         """It could not be had; the leader offers another one."""
@@ -426,10 +441,22 @@ class Replica:
         """The leader says how far it has them; or that it lacks some; or that it is not the leader."""
         if message.term != self._count_term or message.term != self.raft.term:
             return
-        if message.index:
-            self._acknowledged = max(self._acknowledged, message.index)
-        if message.reject and message.reject_hint == message.sender:
+        if message.index > self._acknowledged:
+            self._acknowledged = message.index
+            if self._some_expired:
+                self._forget_expired(message.term, message.index)
+        if message.reject and message.reject_hint == message.sender and self._resent_tick != self._ticks:
+            # Once a tick: each message that was sent behind a lost one is refused.
+            self._resent_tick = self._ticks
             self._send_again(message.index)
+
+    def _forget_expired(self, term: int, taken: int) -> None:
+        """Those that the leader has need not be sent any more, and nobody waits for them."""
+        expired = [key for key, proposal in self._sent.items() if proposal.expired]
+        for key in expired:
+            if key[0] == term and key[1] <= taken:
+                self._resolve(self._sent.pop(key), None)
+        self._some_expired = len(expired) > 0
 
     def _resend(self) -> None:
         if not self._sent or self.raft.leader in (0, self.raft.node_id):
@@ -571,7 +598,7 @@ class Replica:
             if proposal.deadline_ns <= now and not proposal.expired:
                 error = error or self._no_quorum()
                 self._done.append((proposal.done, error))
-                proposal.expired = True
+                proposal.expired = self._some_expired = True
         while self._unsent and self._unsent[0].expired:
             self.proposed_bytes -= len(self._unsent.popleft().command)
         for name in ("_next_reads", "_round_reads"):
