@@ -171,7 +171,8 @@ class Outgoing(Channel):
             self._answered(number, None, error)
         elif kind == Type.PONG:
             (sent,) = frames.decode_numbers(payload, 1)
-            self.round_trip_ns = max(1, self._clock() - sent)
+            if sent:  # else it only says that it lives
+                self.round_trip_ns = max(1, self._clock() - sent)
         elif kind == Type.REFUSED:
             raise Broken(f"it says: {frames.decode_refusal(payload)}")
         else:

@@ -108,6 +108,10 @@ class Incoming(Channel):
         else:
             raise ProtocolError(f"a frame of type {kind} is not for the end that accepted")
 
+    def _looked(self) -> None:
+        # Unasked: the other end's own ping may wait behind a long frame on a slow line.
+        self.push(frames.encode(Type.PONG, (0,)))
+
     def _messages_in(self, payload: memoryview) -> Sequence[Message]:
         try:
             return self._owner.decode(self.peer, frames.decode_messages(payload))

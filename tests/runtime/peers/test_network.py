@@ -420,9 +420,11 @@ async def test_an_old_copy_of_a_node_is_refused(tmp_path: Path) -> None:
     shown = make_credentials(tmp_path / "n2", authority, 2)
     new, old, twin = Node(shown, incarnation=7), Node(shown, incarnation=6), Node(shown, incarnation=7)
     async with running(one, new, old, twin, connect=False):
-        for node in (one, new, old, twin):
+        for node in (one, new):
             node.network.set_members({1: one.row, 2: new.row})
         await until(lambda: one.network.connected() == {2} and new.network.connected() == {1})
+        for node in (old, twin):
+            node.network.set_members({1: one.row, 2: new.row})
         await until(lambda: old.network.peer_error(1) and twin.network.peer_error(1))
         assert "is an old copy" in old.network.peer_error(1).cause  # type: ignore[union-attr]
         assert "runs twice" in twin.network.peer_error(1).cause  # type: ignore[union-attr]
