@@ -12,7 +12,7 @@ import trio
 import trio.testing
 
 from aspenfs import errors
-from aspenfs.blobs.format import digest_of
+from aspenfs.blobs.format import digest_of, prefix_of
 from aspenfs.blobs.store import BlobStore
 from aspenfs.cluster.types import Configuration, NodeId
 from aspenfs.filesystem.layout import BLOB_PREFIX
@@ -30,7 +30,7 @@ from aspenfs.views.files import FilesTree
 from tests.filesystem.volumes import CALLER
 from tests.views.subject import CountingEntropy
 
-Handler = Callable[[NodeId, Any], Awaitable[Any]]
+Handler = Callable[[int, Any], Awaitable[Any]]
 
 
 class TrioClock:
@@ -66,17 +66,17 @@ class Port:
         self.handlers: dict[str, Handler] = {}
         network.ports[node] = self
 
-    def connected(self) -> Set[NodeId]:
+    def connected(self) -> Set[int]:
         if self.node in self.network.down:
             return frozenset()
-        return {NodeId(node) for node in self.network.ports if node not in {self.node, *self.network.down}}
+        return {node for node in self.network.ports if node not in {self.node, *self.network.down}}
 
     def handle(self, kind: str, handler: Handler) -> None:
         self.handlers[kind] = handler
 
     async def request(self, to: NodeId, kind: str, body: Any, *, timeout_s: float) -> Any:
         network = self.network
-        network.requests.append((self.node, to, kind, len(body)))
+        network.requests.append((self.node, to, kind, len(body or ())))
         network.times.append(trio.current_time())
         packed = msgpack.packb(body)
         assert len(packed) <= PEER_REQUEST_BYTES_MAX
@@ -92,7 +92,7 @@ class Port:
                     network.refusals.remove(refusal)
                     raise refusal[2]
             answer = await network.ports[to].handlers[kind](
-                NodeId(self.node), msgpack.unpackb(packed, use_list=False, max_bin_len=2 << 20)
+                self.node, msgpack.unpackb(packed, use_list=False, max_bin_len=2 << 20)
             )
             self._check(to)
             packed = msgpack.packb(answer)
@@ -272,6 +272,17 @@ async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     with trio.fail_after(seconds):
         while not condition():  # noqa: ASYNC110 – it is about many things that tell nobody
             await trio.sleep(0.01)
+
+
+def damage(node: Node, data: bytes) -> None:
+    """Flips a bit of the only copy on that disk."""
+    blobs = node.blobs
+    (location,) = (
+        place
+        for place in blobs._index.find(prefix_of(digest_of(data)))
+        if blobs._segments.header(place).digest == digest_of(data)
+    )
+    node.disk.flip(blobs._segments.segments[location >> 32].path, (location & 0xFFFFFFFF) + 100, 3)
 
 
 def chunk(number: int, size: int = 20 * KIB) -> bytes:

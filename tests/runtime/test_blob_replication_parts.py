@@ -147,6 +147,7 @@ READERS: list[Callable[[Any], object]] = [
     lambda body: wire.verdicts_of(body, 2),
     lambda body: wire.flags_of(body, 2),
     lambda body: wire.found_of(body, 2),
+    wire.lack_of,
 ]
 
 
@@ -172,6 +173,9 @@ def test_bodies_of_any_form_are_taken_or_refused(reader: Callable[[Any], object]
         (READERS[4], []),
         (READERS[4], [None] * 3),
         (READERS[4], [b""]),
+        (wire.lack_of, [-1, True]),
+        (wire.lack_of, [True, True]),
+        (wire.lack_of, [3]),
     ],
 )
 def test_what_is_out_of_bounds_is_refused(reader: Callable[[Any], object], body: Any) -> None:

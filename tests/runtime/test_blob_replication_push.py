@@ -10,7 +10,7 @@ from aspenfs.limits import BLOB_PIN_S, BLOB_PUSH_BYTES_MAX, BLOB_PUSH_QUEUE_MAX,
 from aspenfs.runtime.blob_replication import wire
 from aspenfs.runtime.blob_replication.push import RENEW_S, has_majority
 from tests.filesystem.volumes import CALLER
-from tests.runtime.blob_cluster import Cluster, Node, chunk, cluster, run, until
+from tests.runtime.blob_cluster import Cluster, Node, chunk, cluster, damage, run, until
 
 TIMEOUT_S = PROPOSAL_TIMEOUT_MS / 1000
 
@@ -221,6 +221,23 @@ def test_a_receiver_takes_no_bytes_that_are_not_those_of_the_digest() -> None:
             assert not nodes[2].has(chunk(1))
             assert not nodes[2].has(chunk(2))
             assert on_disk(nodes[2], chunk(3))
+
+    run(test)
+
+
+def test_a_damaged_copy_counts_for_nothing_and_is_replaced_by_what_is_sent() -> None:
+    async def test() -> None:
+        async with cluster(3, off={3}) as nodes:
+            for node in (nodes[1], nodes[2]):
+                node.blobs.put(chunk(1))
+            damage(nodes[2], chunk(1))
+            await nodes[1].create(b"f", chunk(1))
+            assert nodes.network.asked(2, wire.PUT) == 1
+            assert nodes[2].blobs.get(digest_of(chunk(1))) == chunk(1)
+            nodes[2].blobs.put(chunk(2))
+            damage(nodes[2], chunk(2))
+            await nodes[1].create(b"g", chunk(2))
+            assert nodes[2].blobs.get(digest_of(chunk(2))) == chunk(2)
 
     run(test)
 

@@ -9,7 +9,7 @@ from aspenfs.blobs.store import BlobStore
 from aspenfs.limits import BLOB_FETCH_AHEAD_BYTES, KIB, MIB
 from aspenfs.runtime.blob_replication import wire
 from aspenfs.runtime.blob_replication.fetch import HEDGE_S, REQUEST_TIMEOUT_S
-from tests.runtime.blob_cluster import Cluster, Node, chunk, cluster, run, until
+from tests.runtime.blob_cluster import Cluster, Node, chunk, cluster, damage, run, until
 
 
 async def written_without_node_3(nodes: Cluster, *pieces: bytes) -> None:
@@ -23,17 +23,6 @@ async def written_without_node_3(nodes: Cluster, *pieces: bytes) -> None:
 
 def lose(node: Node, *pieces: bytes) -> None:
     node.blobs.delete([digest_of(piece) for piece in pieces])
-
-
-def damage(node: Node, data: bytes) -> None:
-    """Flips a bit of the only copy on that disk."""
-    blobs = node.blobs
-    (location,) = (
-        place
-        for place in blobs._index.find(int.from_bytes(digest_of(data)[:8], "big"))
-        if blobs._segments.header(place).digest == digest_of(data)
-    )
-    node.disk.flip(blobs._segments.segments[location >> 32].path, (location & 0xFFFFFFFF) + 100, 3)
 
 
 def test_a_chunk_that_is_not_here_is_read_from_a_peer_and_kept() -> None:

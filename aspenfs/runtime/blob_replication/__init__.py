@@ -8,5 +8,5 @@ repair      finds out what is named and not here, and fetches it
 garbage     finds out what is here and not named
 pins        what other nodes were promised to find here, for a while
 durable     one sync for all who wait
-wire        the three requests, byte for byte
+wire        what nodes ask each other
 """

@@ -149,7 +149,7 @@ class Fetcher:
         """The best first: it has not failed lately, and has little to do for us."""
         now, failed, load = self._now(), self._failed_ns, self._load
         return sorted(
-            self._peers.connected(),
+            map(NodeId, self._peers.connected()),
             key=lambda node: (now - failed.get(node, -AVOID_NS) < AVOID_NS, load.get(node, 0), node),
         )
 

@@ -13,7 +13,6 @@ import trio
 from aspenfs import errors
 from aspenfs.blobs.format import digest_of
 from aspenfs.blobs.store import BlobStore
-from aspenfs.cluster.types import NodeId
 from aspenfs.runtime.blob_replication import wire
 from aspenfs.runtime.blob_replication.pins import Pins
 from aspenfs.runtime.blob_replication.wire import BATCH_BYTES_MAX, CHUNK_OVERHEAD, Peers, Verdict
@@ -36,7 +35,7 @@ class Receiver:
         peers.handle(wire.HAVE, self.have)
         peers.handle(wire.GET, self.get)
 
-    async def put(self, node: NodeId, body: Any) -> list[int]:
+    async def put(self, node: int, body: Any) -> list[int]:
         verdicts = []
         for digest, data in wire.chunks_of(body):
             verdicts.append(int(self._put(node, digest, data)))
@@ -45,7 +44,7 @@ class Receiver:
             await self._sync()
         return verdicts
 
-    def _put(self, node: NodeId, digest: bytes, data: bytes) -> Verdict:
+    def _put(self, node: int, digest: bytes, data: bytes) -> Verdict:
         if digest_of(data) != digest:
             logger.error("node=%d sent bytes that are not chunk %s", node, digest.hex())
             return Verdict.DAMAGED
@@ -54,19 +53,25 @@ class Receiver:
         if not self._pins.add(digest):  # before it is there: nothing may take it away in between
             return Verdict.BUSY
         try:
-            self._blobs.add(digest, data)
+            # A copy that was here before may have gone bad since somebody looked.
+            if not self._blobs.add(digest, data) and self._read(digest) is None:
+                self._blobs.add(digest, data)
         except errors.NoSpace:
             return Verdict.FULL
         self.received_bytes += len(data)
         return Verdict.STORED
 
-    async def have(self, node: NodeId, body: Any) -> bytes:
-        flags = bytes(self._blobs.has(digest) and self._pins.add(digest) for digest in wire.digests_of(body))
+    async def have(self, node: int, body: Any) -> bytes:
+        flags = bytearray()
+        for digest in wire.digests_of(body):
+            # Read, not looked up: who asks will rely on this copy as on one that it has just sent.
+            flags.append(self._pins.add(digest) and self._read(digest) is not None)
+            await trio.lowlevel.checkpoint()
         if any(flags):
             await self._sync()  # it may be in the page cache only
-        return flags
+        return bytes(flags)
 
-    async def get(self, node: NodeId, body: Any) -> list[bytes | None]:
+    async def get(self, node: int, body: Any) -> list[bytes | None]:
         answer: list[bytes | None] = []
         size = 0
         for digest in wire.digests_of(body):
@@ -85,6 +90,6 @@ class Receiver:
         except errors.NotFound:
             return None
         except errors.Corrupt as error:
-            logger.warning("a chunk that another node asks for is damaged: %s", error)
+            logger.warning("a chunk is damaged here: %s", error)
             self._damaged(digest)
             return None

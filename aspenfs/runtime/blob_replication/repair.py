@@ -17,7 +17,6 @@ import trio
 
 from aspenfs import errors
 from aspenfs.blobs.store import BlobStore
-from aspenfs.cluster.types import NodeId
 from aspenfs.filesystem import references
 from aspenfs.kv.store import Store
 from aspenfs.limits import BLOB_MISSING_MAX
@@ -39,14 +38,14 @@ class Repair:
     """See the head of this file. All methods run in the loop's thread."""
 
     def __init__(self, store: Store, blobs: BlobStore, fetcher: Fetcher,
-                 connected: Callable[[], Set[NodeId]], is_busy: Callable[[], bool]) -> None:  # fmt: skip
+                 connected: Callable[[], Set[int]], is_busy: Callable[[], bool]) -> None:  # fmt: skip
         """`is_busy`: somebody reads or writes through this node."""
         self._store, self._blobs, self._fetcher = store, blobs, fetcher
         self._connected, self._is_busy = connected, is_busy
         self._missing: dict[bytes, float] = {}  # when to fetch it, trio's time; the first to come first
         self._unavailable: dict[bytes, None] = {}  # nobody who was asked has it
         self._retry_at = 0.0
-        self._seen: Set[NodeId] = frozenset()
+        self._seen: Set[int] = frozenset()
         self._position: bytes | None = None  # of the walk: behind this digest; None: not walking
         self._overlooked = False
         self._wake = trio.Event()  # replaced when set

@@ -19,6 +19,7 @@ from aspenfs.filesystem.volume import Volume
 from aspenfs.kv.commands import Command
 from aspenfs.kv.store import Store
 from aspenfs.kv.types import Event
+from aspenfs.runtime.blob_replication import wire
 from aspenfs.runtime.blob_replication.fetch import Fetcher
 from aspenfs.runtime.blob_replication.garbage import Garbage
 from aspenfs.runtime.blob_replication.pins import Pins
@@ -28,6 +29,7 @@ from aspenfs.runtime.blob_replication.repair import DELAY_S, Repair
 from aspenfs.runtime.blob_replication.wire import Peers
 from aspenfs.seams import Clock
 
+LACKS_TIMEOUT_S: Final = 5.0
 _BUSY_NS: Final = 10**9  # since somebody read or wrote
 
 
@@ -74,6 +76,8 @@ class BlobReplicator:
         self.repair = Repair(store, blobs, self.fetcher, peers.connected, self._is_busy)
         self._garbage: Garbage | None = None
         self.receiver.serve(peers)
+        peers.handle(wire.LACKS, self._lacks)
+        self._peers = peers
         self.get, self.has, self.delete = blobs.get, blobs.has, blobs.delete
 
     def bind(self, volume: Volume) -> None:
@@ -177,6 +181,15 @@ class BlobReplicator:
     def damaged(self, digest: bytes) -> None:
         """A copy here can not be read: another one is fetched, if it is still named."""
         self.repair.miss(digest)
+
+    async def lacking(self, node: NodeId, *, timeout_s: float = LACKS_TIMEOUT_S) -> tuple[int, bool]:
+        """Chunks that are known to be missing on another node, and whether these are all: a learner that
+        lacks (0, True) may become a voter without making the cluster poorer. PeerUnreachable, PeerRefused."""
+        return wire.lack_of(await self._peers.request(node, wire.LACKS, None, timeout_s=timeout_s))
+
+    async def _lacks(self, node: int, body: Any) -> tuple[int, bool]:
+        status = self.status()
+        return status.missing, status.walked == 1.0
 
     def status(self) -> ReplicationStatus:
         pusher, fetcher, repair = self.pusher, self.fetcher, self.repair

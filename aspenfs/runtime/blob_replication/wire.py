@@ -1,4 +1,4 @@
-"""The three requests that nodes make of each other about chunks, and what they may look like.
+"""The requests that nodes make of each other about chunks, and what they may look like.
 
 Bodies and answers are msgpack values. What a peer sends is not trusted to have any form: it is checked
 here, once, on both sides. Whether bytes fit their digest is checked by who takes them in.
@@ -16,6 +16,7 @@ from aspenfs.limits import BLOB_ASK_MAX, CHUNK_BYTES_MAX, KIB, PEER_REQUEST_BYTE
 PUT: Final = "blob.put"  # [[digest, bytes], ...]; the answer: a Verdict for each
 HAVE: Final = "blob.have"  # [digest, ...]; the answer: bytes, one for each: 1 on disk and spared, 0 not here
 GET: Final = "blob.get"  # [digest, ...]; the answer: the bytes, or nil, of at least the first, in order
+LACKS: Final = "blob.lacks"  # nil; the answer: [chunks known to be missing there, are these all?]
 
 BATCH_BYTES_MAX: Final = PEER_REQUEST_BYTES_MAX - 64 * KIB  # chunks and what comes with them, in one message
 CHUNK_OVERHEAD: Final = DIGEST_BYTES + 16  # what comes with a chunk, at most
@@ -37,9 +38,9 @@ class Peers(Protocol):
     async def request(self, to: NodeId, kind: str, body: Any, *, timeout_s: float) -> Any:
         """The answer of that node. PeerUnreachable, PeerRefused, ProtocolError."""
 
-    def connected(self) -> Set[NodeId]: ...
+    def connected(self) -> Set[int]: ...
 
-    def handle(self, kind: str, handler: Callable[[NodeId, Any], Awaitable[Any]]) -> None: ...
+    def handle(self, kind: str, handler: Callable[[int, Any], Awaitable[Any]]) -> None: ...
 
 
 def digests_of(body: Any) -> list[bytes]:
@@ -89,6 +90,14 @@ def found_of(answer: Any, count: int) -> list[bytes | None]:
         if data is not None:
             _check_data(data)
     return list(answer)
+
+
+def lack_of(answer: Any) -> tuple[int, bool]:
+    if type(answer) in (list, tuple) and len(answer) >= 2:
+        missing, all_known = answer[:2]
+        if type(missing) is int and missing >= 0 and type(all_known) is bool:
+            return missing, all_known
+    raise ProtocolError("blobs: not what a node lacks")
 
 
 def _check_digest(digest: Any) -> None:
