@@ -18,6 +18,7 @@ from aspenfs import errors
 from aspenfs.blobs.store import BlobStore
 from aspenfs.cluster.types import Configuration
 from aspenfs.filesystem.layout import BLOB_PREFIX
+from aspenfs.limits import WAL_SEGMENT_BYTES
 from aspenfs.runtime import identity, members, swap
 from aspenfs.runtime.backup import refounding
 from aspenfs.runtime.backup.reading import counted
@@ -54,12 +55,12 @@ class Recovered(NamedTuple):
     missing_blobs: int  # chunks that files name and this node does not have
 
 
-def inspect(directory: Path) -> Found:
+def inspect(directory: Path, *, segment_bytes: int = WAL_SEGMENT_BYTES) -> Found:
     """What is there to go on with. NotFound: no node here. Corrupt: it could not start either.
 
     The caller holds the lock on the directory, here and below.
     """
-    node, wal = _opened(directory)
+    node, wal = _opened(directory, segment_bytes)
     try:
         state = StateDb(directory / STATE)
         try:
@@ -79,14 +80,15 @@ def inspect(directory: Path) -> Found:
 
 
 def force_new_cluster(directory: Path, clock: Clock, entropy: Entropy,
-                      progress: Callable[[str], object] = lambda _: None) -> Recovered:  # fmt: skip
+                      progress: Callable[[str], object] = lambda _: None, *,
+                      segment_bytes: int = WAL_SEGMENT_BYTES) -> Recovered:  # fmt: skip
     """Makes the node in `directory` the only member of a new cluster. Blocks.
 
     `progress` gets what is being done. Errors as of `inspect`, and NoSpace: a copy of the state needs
     room; then everything is as it was.
     """
     disk = RealDisk(directory)
-    old, wal = _opened(directory)
+    old, wal = _opened(directory, segment_bytes)
     try:
         progress("copying the state")
         index, term = _make_state(directory, old.node_id, wal, clock, entropy, progress)
@@ -97,7 +99,7 @@ def force_new_cluster(directory: Path, clock: Clock, entropy: Entropy,
     wal.close()
     new = Identity(entropy.random_bytes(CLUSTER_ID_BYTES), old.name, old.node_id)
     try:
-        refounding.write_log(directory, new.cluster_id, term, index)
+        refounding.write_log(directory, new.cluster_id, term, index, segment_bytes)
         refounding.write_identity(directory, new)
         missing = _missing_blobs(directory)
         parts = (WAL, STATE, identity.FILE_NAME)
@@ -113,14 +115,14 @@ def force_new_cluster(directory: Path, clock: Clock, entropy: Entropy,
     return Recovered(new, index, missing)
 
 
-def _opened(directory: Path) -> tuple[Identity, Wal]:
+def _opened(directory: Path, segment_bytes: int) -> tuple[Identity, Wal]:
     """Identity and log, after what a start does first."""
     disk = RealDisk(directory)
     index = swap.recover(disk)
     node = identity.read(directory)
     if node is None:
         raise errors.NotFound(f"no node here: {directory} holds no cluster")
-    wal = Wal.open(disk, WAL, node.cluster_id, background=False)
+    wal = Wal.open(disk, WAL, node.cluster_id, segment_bytes=segment_bytes, background=False)
     if index is not None:
         reset_log(directory, wal, index)
     return node, wal

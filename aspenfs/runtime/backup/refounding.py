@@ -149,9 +149,10 @@ def write_identity(directory: Path, node: Identity) -> None:
     disk.sync_directory("")
 
 
-def write_log(directory: Path, cluster_id: bytes, term: int, index: int) -> None:
+def write_log(directory: Path, cluster_id: bytes, term: int, index: int, segment_bytes: int) -> None:
     """`wal.new`, durable: nobody was voted for in `term`, and the next entry is `index` + 1."""
-    wal = Wal.open(RealDisk(directory), "wal" + swap.NEW, cluster_id, background=False)
+    wal = Wal.open(RealDisk(directory), "wal" + swap.NEW, cluster_id, segment_bytes=segment_bytes,
+                   background=False)  # fmt: skip
     try:
         wal.save_hard_state(term, _NO_VOTE)
         wal.reset(index)

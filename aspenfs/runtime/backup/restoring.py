@@ -15,6 +15,7 @@ from aspenfs import errors
 from aspenfs.blobs.store import BlobStore
 from aspenfs.cluster.types import Configuration
 from aspenfs.kv.rows import Row
+from aspenfs.limits import WAL_SEGMENT_BYTES
 from aspenfs.runtime import identity, members, swap
 from aspenfs.runtime.backup import refounding
 from aspenfs.runtime.backup.format import End, Header
@@ -41,7 +42,7 @@ class Restored(NamedTuple):
 
 def restore(file: BinaryIO, file_name: str, directory: Path, *, name: str | None, clock: Clock,
             entropy: Entropy, progress: Callable[[Progress], object] = lambda _: None,
-            map_bytes: int = MAP_BYTES) -> Restored:  # fmt: skip
+            map_bytes: int = MAP_BYTES, segment_bytes: int = WAL_SEGMENT_BYTES) -> Restored:  # fmt: skip
     """Makes the backup in `file` a new cluster, called `name` or as it was. Blocks.
 
     AlreadyExists: the directory is not empty. Corrupt: the file is damaged or cut off; says where.
@@ -57,7 +58,8 @@ def restore(file: BinaryIO, file_name: str, directory: Path, *, name: str | None
         contents = _Contents(directory, progress, map_bytes)
         try:
             header, end = read(file, file_name, contents, contents.note)
-            state_index = _complete(contents, header, end, directory, name, clock, entropy)
+            node = Identity(entropy.random_bytes(CLUSTER_ID_BYTES), name or header.cluster, 0)
+            node, index = _complete(contents, header, end, directory, node, clock, entropy, segment_bytes)
         finally:
             contents.close()
         parts = ("blobs", "wal", "state", "cluster.json")
@@ -69,9 +71,7 @@ def restore(file: BinaryIO, file_name: str, directory: Path, *, name: str | None
         raise
     swap.carry_out(disk)
     swap.finish(disk)
-    node = identity.read(directory)
-    assert node is not None
-    return Restored(node, state_index, header, end, contents.lost)
+    return Restored(node, index, header, end, contents.lost)
 
 
 def _refuse_inhabited(directory: Path) -> None:
@@ -112,21 +112,21 @@ class _Contents:
             self.blobs.close()
 
 
-def _complete(contents: _Contents, header: Header, end: End, directory: Path, name: str | None, clock: Clock,
-              entropy: Entropy) -> int:  # fmt: skip
-    """State, log and identity of the new cluster; the index of its newest entry."""
+def _complete(contents: _Contents, header: Header, end: End, directory: Path, node: Identity, clock: Clock,
+              entropy: Entropy, segment_bytes: int) -> tuple[Identity, int]:  # fmt: skip
+    """State, log and identity of the new cluster: `node` with its id, and the index of the newest entry."""
     state = contents.state
     finish_load(state, header.index, header.term, None, end.state_digest)
     contents.blobs.sync()
     state.refresh()
-    node = Identity(entropy.random_bytes(CLUSTER_ID_BYTES), name or header.cluster, _new_node(state, entropy))
+    node = node._replace(node_id=_new_node(state, entropy))
     entries = refounding.Entries(state, clock, entropy)
     refounding.refound(entries, node.node_id)
     index = entries.close(header.term, Configuration((node.node_id,)))
     state.sync()
-    refounding.write_log(directory, node.cluster_id, header.term, index)
+    refounding.write_log(directory, node.cluster_id, header.term, index, segment_bytes)
     refounding.write_identity(directory, node)
-    return index
+    return node, index
 
 
 def _new_node(state: StateDb, entropy: Entropy) -> int:
