@@ -19,6 +19,7 @@ import trio
 
 from aspenfs import errors
 from aspenfs.blobs.store import BlobStore
+from aspenfs.cli.beside import Beside, Tasks
 from aspenfs.cli.checking import OnlineCheck
 from aspenfs.cli.cluster_status import BlobFacts, ClusterFacts
 from aspenfs.cli.flood import FloodFilter
@@ -52,6 +53,7 @@ from aspenfs.runtime.peering import Peering, Switch
 from aspenfs.runtime.reserve import Reserve
 from aspenfs.runtime.snapshots.server import SnapshotServer, digest_of_state
 from aspenfs.runtime.system import SystemClock, SystemEntropy
+from aspenfs.vfs.coherence import Coherence
 from aspenfs.vfs.filesystem import ROOT_INODE, FileSystem
 from aspenfs.vfs.tree import Usage
 from aspenfs.views import VIEWS, Resources
@@ -111,13 +113,16 @@ class Node:
         self.files = files
         self.upkeep = Upkeep(files, self.volume, self.blobs)
         self.origins = (self.volume, kv.origin)
-        barrier = None if options.consistency == "stale" else self.store.barrier
-        self.filesystem = FileSystem(list(trees.values()), clock.time_ns(), barrier, trio.lowlevel.checkpoint)
-        self.notifier = Notifier(lambda: [ROOT_INODE, *self.filesystem.known])
+        self.notifier = notifier = Notifier(
+            lambda: [ROOT_INODE, *self.filesystem.known], lambda ino: self.filesystem.knows(ino)
+        )
+        coherence = Coherence(self.store, options.consistency, notifier)
+        self.filesystem = filesystem = FileSystem(
+            list(trees.values()), clock.time_ns(), coherence, trio.lowlevel.checkpoint
+        )
+        self.beside = Beside(files, filesystem, notifier)
+        self.store.replaced.append(self.filesystem.replaced)
         self.stop = trio.Event()
-        if options.consistency == "strict":
-            for tree in trees.values():
-                tree.attr_timeout_s = tree.entry_timeout_s = tree.negative_timeout_s = 0.0
 
     def _join_in(self, incarnation: int) -> None:
         """The parts that deal with other nodes, whether there are any or not."""
@@ -176,15 +181,7 @@ class Node:
 
     def observe(self, revision: int, events: Sequence[Event], origin: object) -> None:
         """A change that did not come through this mount makes the kernel's caches stale."""
-        if origin in self.origins:
-            return
-        notifier = self.notifier
-        for event in events:
-            for inode, data, parent, name in self.filesystem.stale(event):
-                if inode is not None and self.filesystem.knows(inode):
-                    notifier.touch(inode, data)
-                if parent is not None:
-                    notifier.entry(parent, name)
+        self.filesystem.noticed(events, own=origin in self.origins)
 
     # --- life ---
 
@@ -213,12 +210,15 @@ class Node:
                 )
                 await nursery.start(partial(control.serve, str(self.directory.control_socket)))
                 await self._formatted()
+                self.volume.tasks = Tasks(nursery)
+                self.store.observe(self.observe)
+                await self.beside.start()
                 orphans = self.files.orphans.recover()
                 log.info("state is open revision=%d orphans=%d", self.store.revision, orphans)
                 if options.subtree != "/":
                     await self.filesystem.use_subtree(os.fsencode(options.subtree))
-                self.store.observe(self.observe)
                 nursery.start_soon(self.upkeep.run)
+                nursery.start_soon(self.beside.run)
                 nursery.start_soon(self._signals)
                 gc.collect()
                 gc.freeze()
@@ -234,7 +234,7 @@ class Node:
                     stop=self.stop,
                 )
                 sd_notify("STOPPING=1")
-                self.files.orphans.unmounted()
+                await self.beside.end()
                 await self.upkeep.tidy()
                 await self.members.step_down()
                 nursery.cancel_scope.cancel()

@@ -16,8 +16,9 @@ from aspenfs import errors
 from aspenfs.fuse import loop
 from aspenfs.fuse.requests import OPENDIR, Requests
 from aspenfs.limits import KIB, NAME_BYTES_MAX
-from aspenfs.vfs.filesystem import FileSystem
-from aspenfs.vfs.tree import Attr, SetAttr, Tree
+from aspenfs.vfs.coherence import SHARED_TIMEOUT_S, Validity
+from aspenfs.vfs.filesystem import ROOT_INODE, FileSystem
+from aspenfs.vfs.tree import Attr, SetAttr
 
 log = logging.getLogger(__name__)
 
@@ -76,24 +77,24 @@ class Operations(pyfuse3.Operations):
         acl: bool = False,
         directories_without_open: bool = True,
     ) -> None:
-        """`directories_without_open`: the kernel may keep listings and open directories unasked. It learns of
-        changes by this mount's own calls and by the notifier. Not where an opendir must wait for others."""
+        """`directories_without_open`: the kernel may keep listings and open directories unasked, where no
+        opendir must wait for others. It learns of changes by this mount's own calls and by the notifier."""
         super().__init__()
         self.enable_acl = acl
         self.directories_without_open = directories_without_open
         self.requests = Requests(loop.serving)
         self.fs, self.show = filesystem, presentation
         self.plain = presentation._replace(sync=False) == Presentation()
-        self._negative: dict[int, pyfuse3.EntryAttributes] = {}
+        self._negative: dict[float, pyfuse3.EntryAttributes] = {}
 
     # --- attributes ---
 
-    def _attributes(self, ino: int, tree: Tree, attr: Attr) -> pyfuse3.EntryAttributes:
+    def _attributes(self, ino: int, validity: Validity, attr: Attr) -> pyfuse3.EntryAttributes:
         entry = pyfuse3.EntryAttributes()
         _, mode, nlink, uid, gid, rdev, size, blocks, atime, mtime, ctime = attr
         entry.st_ino = ino
-        entry.entry_timeout = tree.entry_timeout_s
-        entry.attr_timeout = tree.attr_timeout_s
+        entry.entry_timeout = validity.entry_timeout_s
+        entry.attr_timeout = 0.0 if self.fs.asks_anew(mode) else validity.attr_timeout_s
         entry.st_mode = mode
         entry.st_nlink = nlink
         entry.st_uid = uid
@@ -120,10 +121,10 @@ class Operations(pyfuse3.Operations):
         if show.entry_timeout_s is not None:
             entry.entry_timeout = min(entry.entry_timeout, show.entry_timeout_s)
 
-    async def _done(self, tree: Tree) -> None:
-        """-o sync: an answer waits until its change is committed."""
-        if self.show.sync:
-            await tree.sync()
+    async def _done(self, inode: int) -> None:
+        """-o sync: an answer waits until its change is committed. On several nodes it is."""
+        if self.show.sync and self.fs.coherence.store.alone:
+            await self.fs.locate(inode)[0].sync()
 
     @answers
     async def getattr(self, inode: int, ctx: Any = None) -> pyfuse3.EntryAttributes:
@@ -142,7 +143,7 @@ class Operations(pyfuse3.Operations):
             attr.st_ctime_ns if fields.update_ctime else None,
         )
         tree, after = await self.fs.setattr(inode, wanted, ctx)
-        await self._done(tree)
+        await self._done(inode)
         return self._attributes(inode, tree, after)
 
     # --- names ---
@@ -150,24 +151,25 @@ class Operations(pyfuse3.Operations):
     @answers
     async def lookup(self, parent_inode: int, name: bytes, ctx: Any = None) -> pyfuse3.EntryAttributes:
         try:
-            ino, tree, attr = await self.fs.lookup(parent_inode, name)
+            ino, validity, attr = await self.fs.lookup(parent_inode, name)
         except errors.NotFound:
-            tree, _ = self.fs.locate(parent_inode)
-            if not tree.negative_timeout_s:
+            timeout_s = self.fs.locate(parent_inode)[0].negative_timeout_s
+            if not timeout_s:
                 raise
-            return self._absent(tree)
-        return self._attributes(ino, tree, attr)
+            if parent_inode == ROOT_INODE:  # `FileSystem.names_held` does not reach what has no name
+                timeout_s = min(timeout_s, SHARED_TIMEOUT_S)
+            return self._absent(timeout_s)
+        return self._attributes(ino, validity, attr)
 
-    def _absent(self, tree: Tree) -> pyfuse3.EntryAttributes:
+    def _absent(self, timeout_s: float) -> pyfuse3.EntryAttributes:
         """A negative entry, which the kernel keeps: inode 0 (fuse_lowlevel.h, fuse_reply_entry)."""
-        entry = self._negative.get(id(tree))
+        entry = self._negative.get(timeout_s)
         if entry is None:
             entry = pyfuse3.EntryAttributes()
             entry.st_ino = cast(Any, 0)
             limit = self.show.entry_timeout_s
-            timeout = tree.negative_timeout_s
-            entry.entry_timeout = timeout if limit is None else min(timeout, limit)
-            self._negative[id(tree)] = entry
+            entry.entry_timeout = timeout_s if limit is None else min(timeout_s, limit)
+            self._negative[timeout_s] = entry
         return entry
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
@@ -183,37 +185,37 @@ class Operations(pyfuse3.Operations):
 
     @answers
     async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: Any) -> Any:
-        ino, tree, attr = await self.fs.mknod(parent_inode, name, mode, rdev, ctx)
-        await self._done(tree)
-        return self._attributes(ino, tree, attr)
+        ino, validity, attr = await self.fs.mknod(parent_inode, name, mode, rdev, ctx)
+        await self._done(parent_inode)
+        return self._attributes(ino, validity, attr)
 
     @answers
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: Any) -> Any:
-        ino, tree, attr = await self.fs.mkdir(parent_inode, name, mode, ctx)
-        await self._done(tree)
-        return self._attributes(ino, tree, attr)
+        ino, validity, attr = await self.fs.mkdir(parent_inode, name, mode, ctx)
+        await self._done(parent_inode)
+        return self._attributes(ino, validity, attr)
 
     @answers
     async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: Any) -> Any:
-        ino, tree, attr = await self.fs.symlink(parent_inode, name, target, ctx)
-        await self._done(tree)
-        return self._attributes(ino, tree, attr)
+        ino, validity, attr = await self.fs.symlink(parent_inode, name, target, ctx)
+        await self._done(parent_inode)
+        return self._attributes(ino, validity, attr)
 
     @answers
     async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: Any) -> Any:
-        ino, tree, attr = await self.fs.link(inode, new_parent_inode, new_name)
-        await self._done(tree)
-        return self._attributes(ino, tree, attr)
+        ino, validity, attr = await self.fs.link(inode, new_parent_inode, new_name)
+        await self._done(inode)
+        return self._attributes(ino, validity, attr)
 
     @answers
     async def unlink(self, parent_inode: int, name: bytes, ctx: Any) -> None:
         await self.fs.unlink(parent_inode, name)
-        await self._done(self.fs.locate(parent_inode)[0])
+        await self._done(parent_inode)
 
     @answers
     async def rmdir(self, parent_inode: int, name: bytes, ctx: Any) -> None:
         await self.fs.rmdir(parent_inode, name)
-        await self._done(self.fs.locate(parent_inode)[0])
+        await self._done(parent_inode)
 
     @answers
     async def rename(
@@ -226,25 +228,21 @@ class Operations(pyfuse3.Operations):
         ctx: Any,
     ) -> None:
         await self.fs.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
-        await self._done(self.fs.locate(parent_inode_old)[0])
+        await self._done(parent_inode_old)
 
     # --- open files ---
 
     @answers
     async def open(self, inode: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
-        fh, target = await self.fs.open(inode, flags, ctx)
-        return pyfuse3.FileInfo(
-            fh=pyfuse3.FileHandleT(fh), direct_io=target.direct_io, keep_cache=target.keep_cache
-        )
+        fh, target, keep = await self.fs.open(inode, flags, ctx)
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(fh), direct_io=target.direct_io, keep_cache=keep)
 
     @answers
     async def create(self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: Any) -> Any:
-        fh, target, ino, tree, attr = await self.fs.create(parent_inode, name, mode, flags, ctx)
-        await self._done(tree)
-        info = pyfuse3.FileInfo(
-            fh=pyfuse3.FileHandleT(fh), direct_io=target.direct_io, keep_cache=target.keep_cache
-        )
-        return info, self._attributes(ino, tree, attr)
+        fh, target, keep, ino, validity, attr = await self.fs.create(parent_inode, name, mode, flags, ctx)
+        await self._done(parent_inode)
+        info = pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(fh), direct_io=target.direct_io, keep_cache=keep)
+        return info, self._attributes(ino, validity, attr)
 
     @answers
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -260,9 +258,11 @@ class Operations(pyfuse3.Operations):
 
     @answers
     async def flush(self, fh: int) -> None:
-        # Every write was accepted when it returned, so there is nothing to do at close. The kernel
-        # remembers this answer and spares each close a round trip.
-        raise errors.NotImplementedHere("flush")
+        if not self.fs.coherence.asks_at_close():
+            # Every write was accepted when it returned, so there is nothing to do at close. The kernel
+            # remembers this answer and spares each close a round trip.
+            raise errors.NotImplementedHere("flush")
+        await self.fs.file(fh).flush()
 
     @answers
     async def fsync(self, fh: int, datasync: bool) -> None:
@@ -277,9 +277,15 @@ class Operations(pyfuse3.Operations):
 
     @answers
     async def opendir(self, inode: int, ctx: Any) -> int:
-        if self.directories_without_open and self.requests.readable(OPENDIR, inode, ctx):
+        coherence = self.fs.coherence
+        if (
+            self.directories_without_open
+            and not coherence.asks_for_directories()
+            and self.requests.readable(OPENDIR, inode, ctx)
+        ):
             # The kernel remembers this answer: it opens directories by itself from now on, and keeps
             # their listings until they change.
+            coherence.opendir_unasked = True
             raise errors.NotImplementedHere("opendir")
         await self.fs.opendir(inode)
         return inode
@@ -327,27 +333,23 @@ class Operations(pyfuse3.Operations):
 
     @answers
     async def getxattr(self, inode: int, name: bytes, ctx: Any) -> bytes:
-        tree, node = self.fs.locate(inode)
-        return await tree.getxattr(node, name)
+        return await self.fs.getxattr(inode, name)
 
     @answers
     async def listxattr(self, inode: int, ctx: Any) -> Sequence[bytes]:
-        tree, node = self.fs.locate(inode)
-        return await tree.listxattr(node)
+        return await self.fs.listxattr(inode)
 
     @answers
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: Any) -> None:
         if name.startswith(b"system.") and not self.enable_acl:
             raise errors.NotSupported("access control lists need -o acl: the kernel would not check them")
-        tree, node = self.fs.locate(inode)
-        await tree.setxattr(node, name, value)
-        await self._done(tree)
+        await self.fs.setxattr(inode, name, value)
+        await self._done(inode)
 
     @answers
     async def removexattr(self, inode: int, name: bytes, ctx: Any) -> None:
-        tree, node = self.fs.locate(inode)
-        await tree.removexattr(node, name)
-        await self._done(tree)
+        await self.fs.removexattr(inode, name)
+        await self._done(inode)
 
     @answers
     async def access(self, inode: int, mode: int, ctx: Any) -> bool:

@@ -10,19 +10,35 @@ handles: the kernel knows one as long as anybody has it open.
 """
 
 import stat
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from aspenfs import errors
 from aspenfs.kv.types import Event
+from aspenfs.vfs.coherence import UNCACHED, Coherence, Validity
 from aspenfs.vfs.listings import Listings
-from aspenfs.vfs.tree import Attr, Caller, OpenFile, SetAttr, Tree, Usage
+from aspenfs.vfs.tree import Attr, Caller, OpenFile, SetAttr, Touched, Tree, Usage
 
 ROOT_INODE: Final = 1
 NODE_BITS: Final = 48
 NODE_MASK: Final = (1 << NODE_BITS) - 1
+HELD_NAMES_A_STEP: Final = 512
 KNOWN_KEPT: Final = 1 << 16  # inodes for which the table's memory is kept, whatever the kernel forgets
+# What is answered from the state as it is here, and may be so only here.
+REFUSALS: Final = (
+    errors.NotFound,
+    errors.AlreadyExists,
+    errors.NotADirectory,
+    errors.IsADirectory,
+    errors.DirectoryNotEmpty,
+    errors.InvalidArgument,  # a loop
+    errors.TooManyLinks,
+    errors.NoAttribute,
+    errors.NotPermitted,
+    errors.Stale,
+)
+Result = TypeVar("Result")
 
 
 class RootTree(Tree):
@@ -63,14 +79,14 @@ class FileSystem:
         self,
         trees: Sequence[Tree],
         now_ns: int,
-        barrier: Callable[[], Awaitable[object]] | None = None,
+        coherence: Coherence | None = None,
         breathe: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """`barrier` returns when reads here see all that was committed anywhere before the call; None
-        answers from what is applied here (`-o consistency=stale`). `breathe` is awaited between the
-        steps of long work, so that others get their turn."""
-        self.barrier = barrier
-        self.listings = Listings(breathe)
+        """`coherence` (default: a node alone) says when to wait for others, and tells the kernel of them.
+        `breathe` is awaited between the steps of long work, so that others get their turn."""
+        self.coherence = coherence or Coherence()
+        self.coherence.govern(trees)
+        self.listings, self._breathe = Listings(breathe), breathe
         self.root_tree = RootTree(trees, now_ns)
         self.trees: list[Tree] = [self.root_tree, *trees]
         self.numbers = {id(tree): index << NODE_BITS for index, tree in enumerate(self.trees)}
@@ -83,9 +99,14 @@ class FileSystem:
         self.next_handle = 1
         for tree in trees:
             tree.is_known = partial(self._knows, self.numbers[id(tree)])  # type: ignore[method-assign]
+            tree.displaced = partial(self._displaced, tree)  # type: ignore[method-assign]
+            tree.fresh = self.coherence.barrier  # type: ignore[method-assign]
 
     def _knows(self, base: int, node: int) -> bool:
         return base | node in self.known
+
+    def _displaced(self, tree: Tree, node: int) -> None:
+        self.coherence.touched(self.ino_of(tree, node), True)
 
     def knows(self, ino: int) -> bool:
         """Whether the kernel may hold anything about an inode. The root it knows without having asked."""
@@ -140,6 +161,7 @@ class FileSystem:
             return
         self._most_known = max(self._most_known, len(self.known))
         self.known.pop(ino, None)
+        self.coherence.forgotten(ino)
         if self._most_known > KNOWN_KEPT and len(self.known) < self._most_known >> 2:
             self.known = dict(self.known)  # a dict gives no memory back by itself
             self._most_known = len(self.known)
@@ -149,28 +171,66 @@ class FileSystem:
 
     # --- entries ---
 
-    async def lookup(self, parent: int, name: bytes) -> tuple[int, Tree, Attr]:
+    async def lookup(self, parent: int, name: bytes) -> tuple[int, Validity, Attr]:
         tree, node = self.locate(parent)
-        if self.barrier is not None:
-            await self.barrier()
-        if tree is self.root_tree:
-            tree, attr = await self._walk(tree, node, name)
-        else:
-            attr = await tree.lookup(node, name)
+        await self.coherence.barrier()
+        try:
+            if tree is self.root_tree:
+                tree, attr = await self._walk(tree, node, name)
+            else:
+                attr = await tree.lookup(node, name)
+        except errors.NotFound:
+            if tree.negative_timeout_s:
+                self.coherence.absent(parent, name)
+            raise
         return self._entry(tree, attr)
 
-    def _entry(self, tree: Tree, attr: Attr) -> tuple[int, Tree, Attr]:
+    def _entry(self, tree: Tree, attr: Attr) -> tuple[int, Validity, Attr]:
         ino = self.ino_of(tree, attr.node)
         self.remember(ino)
         return ino, tree, attr
 
+    def _made(self, tree: Tree, parent: int, name: bytes, attr: Attr) -> tuple[int, Validity, Attr]:
+        """The entry that our own transaction has made: it may be another one's by now."""
+        ino, validity, attr = self._entry(tree, attr)
+        if not self.coherence.alone and not tree.names_it(parent, name, attr.node):
+            validity = UNCACHED
+        return ino, validity, attr
+
+    async def _sure(self, operation: Callable[[], Awaitable[Result]]) -> Result:
+        """What is done is right, for it is checked when it applies. What is refused may be refused by a
+        state that lags behind: then it is looked at again behind a barrier."""
+        coherence = self.coherence
+        revision = coherence.store.revision
+        try:
+            return await operation()
+        except REFUSALS:
+            if not await coherence.has_newer(revision):
+                raise
+        return await operation()
+
     async def getattr(self, ino: int) -> tuple[Tree, Attr]:
         tree, node = self.locate(ino)
-        return tree, await tree.getattr(node)
+        await self.coherence.strict_barrier()
+        attr = await tree.getattr(node)
+        if self.asks_anew(attr.mode):
+            await self.coherence.barrier()
+            attr = await tree.getattr(node)
+        return tree, attr
+
+    def asks_anew(self, mode: int) -> bool:
+        """Whether the kernel must ask for the attributes of such an inode each time: it opens directories
+        without asking, and keeps their listings as long as their times stand."""
+        coherence = self.coherence
+        return coherence.opendir_unasked and coherence.asks_for_directories() and stat.S_ISDIR(mode)
 
     async def setattr(self, ino: int, wanted: SetAttr, caller: Caller) -> tuple[Tree, Attr]:
         tree, node = self.locate(ino)
-        return tree, await tree.setattr(node, wanted, caller)
+        try:
+            return tree, await self._sure(partial(tree.setattr, node, wanted, caller))
+        except errors.AspenError:
+            self.coherence.touched(ino, True)  # some of it may have happened
+            raise
 
     async def readlink(self, ino: int) -> bytes:
         tree, node = self.locate(ino)
@@ -178,41 +238,65 @@ class FileSystem:
 
     async def mknod(
         self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller
-    ) -> tuple[int, Tree, Attr]:
+    ) -> tuple[int, Validity, Attr]:
         tree, node = self.locate(parent)
-        return self._entry(tree, await tree.mknod(node, name, mode, rdev, caller))
+        attr = await self._sure(partial(tree.mknod, node, name, mode, rdev, caller))
+        return self._made(tree, node, name, attr)
 
-    async def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> tuple[int, Tree, Attr]:
+    async def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> tuple[int, Validity, Attr]:
         tree, node = self.locate(parent)
-        return self._entry(tree, await tree.mkdir(node, name, mode, caller))
+        attr = await self._sure(partial(tree.mkdir, node, name, mode, caller))
+        return self._made(tree, node, name, attr)
 
     async def symlink(
         self, parent: int, name: bytes, target: bytes, caller: Caller
-    ) -> tuple[int, Tree, Attr]:
+    ) -> tuple[int, Validity, Attr]:
         tree, node = self.locate(parent)
-        return self._entry(tree, await tree.symlink(node, name, target, caller))
+        attr = await self._sure(partial(tree.symlink, node, name, target, caller))
+        return self._made(tree, node, name, attr)
 
-    async def link(self, ino: int, parent: int, name: bytes) -> tuple[int, Tree, Attr]:
+    async def link(self, ino: int, parent: int, name: bytes) -> tuple[int, Validity, Attr]:
         tree, node = self.locate(ino)
         new_tree, new_parent = self.locate(parent)
         if tree is not new_tree:
             raise errors.CrossTree("a link cannot point into another tree")
-        return self._entry(tree, await tree.link(node, new_parent, name))
+        attr = await self._sure(partial(tree.link, node, new_parent, name))
+        return self._made(tree, new_parent, name, attr)
 
     async def unlink(self, parent: int, name: bytes) -> None:
         tree, node = self.locate(parent)
-        await tree.unlink(node, name)
+        await self._sure(partial(tree.unlink, node, name))
 
     async def rmdir(self, parent: int, name: bytes) -> None:
         tree, node = self.locate(parent)
-        await tree.rmdir(node, name)
+        await self._sure(partial(tree.rmdir, node, name))
 
     async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> None:
         tree, node = self.locate(parent)
         new_tree, new_node = self.locate(new_parent)
         if tree is not new_tree:
             raise errors.CrossTree("a rename cannot cross trees")
-        await tree.rename(node, name, new_node, new_name, flags)
+        await self._sure(partial(tree.rename, node, name, new_node, new_name, flags))
+
+    # --- extended attributes ---
+
+    async def getxattr(self, ino: int, name: bytes) -> bytes:
+        tree, node = self.locate(ino)
+        await self.coherence.strict_barrier()
+        return await tree.getxattr(node, name)
+
+    async def listxattr(self, ino: int) -> Sequence[bytes]:
+        tree, node = self.locate(ino)
+        await self.coherence.strict_barrier()
+        return await tree.listxattr(node)
+
+    async def setxattr(self, ino: int, name: bytes, value: bytes) -> None:
+        tree, node = self.locate(ino)
+        await self._sure(partial(tree.setxattr, node, name, value))
+
+    async def removexattr(self, ino: int, name: bytes) -> None:
+        tree, node = self.locate(ino)
+        await self._sure(partial(tree.removexattr, node, name))
 
     # --- handles ---
 
@@ -234,20 +318,23 @@ class FileSystem:
                 del self.open_counts[ino]
         return handle
 
-    async def open(self, ino: int, flags: int, caller: Caller) -> tuple[int, OpenFile]:
+    async def open(self, ino: int, flags: int, caller: Caller) -> tuple[int, OpenFile, bool]:
+        """The last item: whether the kernel's pages of the file are right."""
         tree, node = self.locate(ino)
-        if self.barrier is not None:
-            await self.barrier()
+        await self.coherence.barrier()
         target = await tree.open(node, flags, caller)
-        return self._add_handle(tree, ino, target), target
+        return self._add_handle(tree, ino, target), target, self._keeps(ino, target)
+
+    def _keeps(self, ino: int, target: OpenFile) -> bool:
+        return self.coherence.opened(ino) and target.keep_cache
 
     async def create(
         self, parent: int, name: bytes, mode: int, flags: int, caller: Caller
-    ) -> tuple[int, OpenFile, int, Tree, Attr]:
+    ) -> tuple[int, OpenFile, bool, int, Validity, Attr]:
         tree, node = self.locate(parent)
-        attr, target = await tree.create(node, name, mode, flags, caller)
-        ino, _, _ = self._entry(tree, attr)
-        return self._add_handle(tree, ino, target), target, ino, tree, attr
+        attr, target = await self._sure(partial(tree.create, node, name, mode, flags, caller))
+        ino, validity, attr = self._made(tree, node, name, attr)
+        return self._add_handle(tree, ino, target), target, self._keeps(ino, target), ino, validity, attr
 
     def file(self, fh: int) -> OpenFile:
         handle = self.handles.get(fh)
@@ -268,8 +355,7 @@ class FileSystem:
 
     async def opendir(self, ino: int) -> None:
         """For the kernel that asks: what was committed anywhere before is in the listing that follows."""
-        if self.barrier is not None:
-            await self.barrier()
+        await self.coherence.barrier()
 
     async def names(self, ino: int, position: int, limit: int) -> Sequence[tuple[bytes, int]]:
         """Up to `limit` names behind `position`, without . and .., see `Listings.after`."""
@@ -312,16 +398,65 @@ class FileSystem:
         for tree in self.trees:
             await tree.sync()
 
-    def stale(self, event: Event) -> Iterable[tuple[int | None, bool, int | None, bytes]]:
-        """(inode, its data too, parent inode, name) of what a change from elsewhere made stale here.
+    # --- changes ---
 
-        With a name goes the listing of its directory, which is the directory's data."""
+    def noticed(self, events: Iterable[Event], *, own: bool) -> None:
+        """Changes of the store, at apply. Those that are not this mount's `own` leave the kernel with
+        something out of date: it is told."""
+        if own and self.coherence.store.alone:
+            return
+        for event in events:
+            for tree in self.trees:
+                tree.noticed(event)
+                if not own:
+                    for touched in tree.touched(event):
+                        self._tell(tree, touched)
+
+    def _tell(self, tree: Tree, touched: Touched) -> None:
+        node, data, parent, name, child = touched
+        coherence = self.coherence
+        if node is not None:
+            ino = self.ino_of(tree, node)
+            if self.knows(ino):
+                coherence.touched(ino, data)
+        if parent is not None:
+            above = self.ino_of(tree, parent)
+            if self.knows(above):  # else it knows no names in it
+                known = None if child is None else bool(child) and self.knows(self.ino_of(tree, child))
+                coherence.renamed(above, name, known)
+
+    def look(self) -> bool:
+        """To be called often: notices whether this node is alone. True if others have come: the kernel may
+        hold what it was given for an hour (`names_held`)."""
+        if not self.coherence.look() or self.coherence.alone:
+            return False
+        self.coherence.everything(self.known)
+        return True
+
+    def replaced(self) -> None:
+        """The state is another one: nobody knows what has changed."""
         for tree in self.trees:
-            for node, data, parent, name, _ in tree.touched(event):
-                above = None if parent is None else self.ino_of(tree, parent)
-                yield None if node is None else self.ino_of(tree, node), data, above, name
-                if above is not None:
-                    yield above, True, None, b""
+            tree.replaced()
+        self.coherence.everything(self.known)
+
+    async def names_held(self) -> AsyncIterator[tuple[int, bytes]]:
+        """(directory, name) of all names of stored inodes that the kernel may know, for kernels that can not
+        be told to doubt all of them at once."""
+        for ino in list(self.known):
+            tree, node = self.locate(ino)
+            behind: Any = None
+            while True:
+                try:
+                    names, behind = tree.list_names(node, behind, HELD_NAMES_A_STEP)
+                    for name, entry in zip(names, await self.listed(ino, names), strict=True):
+                        if entry is not None and self.knows(entry[0]):
+                            yield ino, name
+                except errors.AspenError:
+                    break  # no directory, or none any more
+                if self._breathe is not None:
+                    await self._breathe()
+                if behind is None:
+                    break
 
 
 __all__ = ["ROOT_INODE", "FileSystem", "Handle", "RootTree"]

@@ -244,6 +244,13 @@ class Tree:
     def forgotten(self, node: int) -> None:
         """The kernel no longer knows the node, and no handle is open: it may be reaped."""
 
+    def noticed(self, event: Event) -> None:
+        """A change of the store at apply, this mount's own too; called on several nodes only, before
+        `touched`."""
+
+    def replaced(self) -> None:
+        """The state of the store is another one, without the changes that lead to it."""
+
     def touched(self, event: Event) -> Iterable[Touched]:
         """What a change of the store, made elsewhere, makes stale in the kernel's caches."""
         return ()

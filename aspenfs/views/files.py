@@ -298,8 +298,6 @@ class FilesTree(Tree):
             self.orphans.removed(node)
 
     def noticed(self, event: Event) -> None:
-        """A change of the store at apply, whoever made it; to be called on several nodes, before anything
-        else is done with it."""
         key, record, previous = event
         kind = key[:3]
         if kind == layout.INODE_PREFIX:
@@ -310,6 +308,9 @@ class FilesTree(Tree):
                     self.ghosts[node] = to_attr(node, _unpack_inode(previous.value))._replace(nlink=0)
         elif kind == layout.ORPHAN_PREFIX or kind == layout.SESSION_PREFIX:
             self.orphans.noticed(event)
+
+    def replaced(self) -> None:
+        self.orphans.leapt()
 
     # --- extended attributes ---
 

@@ -54,7 +54,8 @@ def test_writers_of_one_host_share_transactions_and_never_conflict(early: bool) 
 
 def test_a_write_returns_before_its_commit_and_close_waits_for_it() -> None:
     async def test(hosts: Hosts, a: Host, b: Host) -> None:
-        file = await a.mounted.open((await a.mounted.create(b"f")) and b"f")
+        await a.mounted.create(b"f")
+        file = await a.mounted.open(b"f")
         a.store.paused = True
         with trio.fail_after(1):
             await file.write(0, b"one")
@@ -138,7 +139,7 @@ def test_the_error_of_a_commit_comes_with_the_next_call_of_each_open_file_once()
     async def test(hosts: Hosts, a: Host, b: Host) -> None:
         await a.mounted.create(b"f", b"old")
         displaced: list[int] = []
-        a.tree.displaced = displaced.append  # type: ignore[method-assign]
+        a.tree.displaced = displaced.append  # type: ignore[assignment]
         one, other = await a.mounted.open(b"f"), await a.mounted.open(b"f")
         a.store.cut = True
         await one.write(0, b"new")
@@ -203,7 +204,7 @@ def test_an_append_that_another_host_overtook_is_displaced() -> None:
         node = (await a.mounted.create(b"f", b"12345")).node
         await hosts.everywhere()
         displaced: list[int] = []
-        a.tree.displaced = displaced.append  # type: ignore[method-assign]
+        a.tree.displaced = displaced.append  # type: ignore[assignment]
         mine = await a.mounted.open(b"f", os.O_WRONLY | os.O_APPEND)
         await mine.write(5, b"aaaaa")
         await mine.flush()

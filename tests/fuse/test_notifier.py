@@ -35,10 +35,21 @@ class Kernel:
         if self.failure is not None:
             raise self.failure
 
-    def notifier(self, known: Callable[[], list[int]] = list, pending_max: int = 1000) -> Notifier:
+    def notifier(
+        self,
+        known: Callable[[], list[int]] = list,
+        pending_max: int = 1000,
+        *,
+        workers: int = 1,
+        is_known: Callable[[int], bool] = lambda inode: False,
+        doubt_names: Callable[[], bool] = lambda: False,
+    ) -> Notifier:
         notifier = Notifier(
             known,
+            is_known,
             pending_max=pending_max,
+            workers=workers,
+            doubt_names=doubt_names,
             invalidate_inode=self.invalidate_inode,
             invalidate_entry=self.invalidate_entry,
         )

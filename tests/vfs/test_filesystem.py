@@ -8,8 +8,10 @@ import trio
 
 from aspenfs import errors
 from aspenfs.kv.types import Event
+from aspenfs.vfs.coherence import Alone, Coherence
 from aspenfs.vfs.filesystem import KNOWN_KEPT, ROOT_INODE, FileSystem
 from tests.filesystem.volumes import CALLER, Setup, run
+from tests.vfs.notices import Noted
 
 
 def test_forget_reaches_the_tree_only_when_no_handle_is_open() -> None:
@@ -18,7 +20,7 @@ def test_forget_reaches_the_tree_only_when_no_handle_is_open() -> None:
         setup.tree.forgotten = forgotten.append  # type: ignore[assignment]
         fs = FileSystem([setup.tree], 1)
         files, _, _ = await fs.lookup(ROOT_INODE, b"files")
-        fh, _, ino, _, attr = await fs.create(files, b"f", 0o644, 2, CALLER)
+        fh, _, _, ino, _, attr = await fs.create(files, b"f", 0o644, 2, CALLER)
         await fs.lookup(files, b"f")
         fs.forget(ino, 1)
         assert fs.known[ino] == 1
@@ -92,12 +94,14 @@ def test_names_and_opens_wait_for_the_barrier() -> None:
     async def test(setup: Setup) -> None:
         waits: list[None] = []
 
-        async def barrier() -> None:
-            waits.append(None)
+        class Store(Alone):
+            async def barrier(self) -> int:
+                waits.append(None)
+                return 0
 
-        fs = FileSystem([setup.tree], 1, barrier)
+        fs = FileSystem([setup.tree], 1, Coherence(Store()))
         files, _, _ = await fs.lookup(ROOT_INODE, b"files")
-        _, _, ino, _, _ = await fs.create(files, b"f", 0o644, 2, CALLER)
+        _, _, _, ino, _, _ = await fs.create(files, b"f", 0o644, 2, CALLER)
         before = len(waits)
         await fs.lookup(files, b"f")
         await fs.open(ino, 0, CALLER)
@@ -110,20 +114,22 @@ def test_names_and_opens_wait_for_the_barrier() -> None:
 def test_a_name_that_others_change_makes_the_listing_of_its_directory_stale() -> None:
     async def test(setup: Setup) -> None:
         await setup.tree.mkdir(1, b"srv", 0o755, CALLER)
-        whole, part = FileSystem([setup.tree], 1), FileSystem([setup.tree], 1)
+        noted = Noted(), Noted()
+        whole, part = (FileSystem([setup.tree], 1, Coherence(notices=notices)) for notices in noted)
+        for fs in (whole, part):
+            fs.coherence.opendir_unasked = True
         await part.use_subtree(b"/files/srv")
         srv, _, _ = await whole.lookup((await whole.lookup(ROOT_INODE, b"files"))[0], b"srv")
-        stale: dict[FileSystem, list[tuple[int | None, bool]]] = {whole: [], part: []}
 
         def observe(revision: int, events: Sequence[Event], origin: object) -> None:
-            for fs, told in stale.items():
-                told += [(ino, data) for event in events for ino, data, *_ in fs.stale(event)]
+            for fs in (whole, part):
+                fs.noticed(events, own=False)
 
         setup.store.observe(observe)
         await setup.tree.symlink((await setup.tree.lookup(1, b"srv")).node, b"new", b"target", CALLER)
-        assert (srv, True) in stale[whole]
+        assert (srv, True) in noted[0].inodes
         assert whole.knows(srv)
-        assert (ROOT_INODE, True) in stale[part]
+        assert (ROOT_INODE, True) in noted[1].inodes
         assert part.knows(ROOT_INODE), "which nobody looks up"
         assert not part.knows(srv)
 
