@@ -6,7 +6,7 @@ cluster (`runtime/peers/join.py`), making and unmaking the state directory (`fou
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -18,6 +18,7 @@ from aspenfs.cli.client import Client
 from aspenfs.cli.founding import Making, NodeOptions, Wanted, node_options
 from aspenfs.cli.kv import json_option
 from aspenfs.cli.output import EXIT_CODES_HELP, EXIT_INTERRUPTED, Failure, failures, print_json
+from aspenfs.cli.reporter import Reporter
 from aspenfs.limits import LEARNER_LAG_MAX, PEER_BACKOFF_MS_MAX
 from aspenfs.runtime import contacts, peer_settings
 from aspenfs.runtime.peers import tickets
@@ -60,7 +61,7 @@ def join(settings: Settings, ticket: str, directory: str, learner: bool, node: N
     with failures():
         admission = tickets.decode(ticket)
         wanted = Wanted(settings, admission.cluster_name, directory, node)
-        with Reporter(quiet=as_json) as reporter:
+        with _Joining(quiet=as_json) as reporter:
             joined = _become_member(wanted, admission, learner, reporter)
             role = _until_in_step(wanted, joined, learner, reporter)
     name, listen, advertise = wanted.settings
@@ -73,7 +74,7 @@ def join(settings: Settings, ticket: str, directory: str, learner: bool, node: N
         click.echo(f"{cluster} is mounted at {mountpoint}; this host is {name}, a {role}")
 
 
-def _become_member(wanted: Wanted, ticket: Ticket, learner: bool, reporter: "Reporter") -> Joined:
+def _become_member(wanted: Wanted, ticket: Ticket, learner: bool, reporter: "_Joining") -> Joined:
     """Mounted when it returns, but perhaps far behind."""
     reporter.say(f"asking {ticket.cluster_name} to let this host in")
     with Making(wanted.directory) as making:
@@ -109,7 +110,7 @@ async def _ask(wanted: Wanted, ticket: Ticket, learner: bool) -> Joined:
         await trio.sleep(PEER_BACKOFF_MS_MAX / 1000)
 
 
-def _until_in_step(wanted: Wanted, joined: Joined, learner: bool, reporter: "Reporter") -> str:
+def _until_in_step(wanted: Wanted, joined: Joined, learner: bool, reporter: "_Joining") -> str:
     """The node's role, when it has what the leader has. Failure when it gets no nearer."""
     told: Any = None
     since = time.monotonic()
@@ -136,7 +137,7 @@ def _in_step(row: Mapping[str, Any], learner: bool) -> bool:
     return row["role"] in ("voter", "leader")
 
 
-def _look(wanted: Wanted, reporter: "Reporter") -> dict[str, Any] | None:
+def _look(wanted: Wanted, reporter: "_Joining") -> dict[str, Any] | None:
     """What the new node says of itself; None while it does not answer yet."""
     try:
         with Client(str(wanted.directory.control_socket), timeout_s=5) as client:
@@ -148,45 +149,8 @@ def _look(wanted: Wanted, reporter: "Reporter") -> dict[str, Any] | None:
     return row
 
 
-class Reporter:
-    """Tells on stderr how far it is: a bar on a terminal, else a line for each phase."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
-        self._phase = ""
-        self._bar: Callable[[str, float, float | None], None] | None = None
-        self._close: Callable[[], None] = lambda: None
-
-    def __enter__(self) -> "Reporter":
-        if not self._quiet and sys.stderr.isatty():
-            self._open_bar()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def _open_bar(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-        columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-        progress = Progress(*columns, console=Console(stderr=True), transient=True)
-        task = progress.add_task("", total=None)
-        progress.start()
-        self._close = progress.stop
-
-        def update(text: str, done: float, total: float | None) -> None:
-            progress.update(task, description=text, completed=done, total=total)
-
-        self._bar = update
-
-    def say(self, text: str, done: float = 0, total: float | None = None) -> None:
-        """A phase: of several steps towards `total`, if that is known."""
-        if self._bar is not None:
-            self._bar(text, done, total)
-        elif not self._quiet and text != self._phase:
-            click.echo(text, err=True)
-        self._phase = text
+class _Joining(Reporter):
+    """Tells how far a node is that has become a member."""
 
     def show(self, row: Mapping[str, Any] | None, snapshot: Mapping[str, Any] | None) -> None:
         if snapshot:
