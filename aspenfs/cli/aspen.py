@@ -17,6 +17,7 @@ from aspenfs.cli.paths import StateDirectory, state_directory
 
 # name -> (module, attribute, what `aspen --help` says); a new command is one line here
 COMMANDS: dict[str, tuple[str, str, str]] = {
+    "backup": ("aspenfs.cli.backup", "backup", "Write the whole cluster into a file; verify one."),
     "ca": ("aspenfs.cli.authority", "ca", "The cluster's certificate authority: rotate."),
     "check": ("aspenfs.cli.check", "check", "Verify every row and every byte; repair offline."),
     "completion": ("aspenfs.cli.completion", "completion", "Print the completion script of a shell."),
@@ -25,6 +26,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "kv": ("aspenfs.cli.kv", "kv", "Keys: get, put, delete, cas, ls, txn, watch, lease."),
     "leader": ("aspenfs.cli.leader", "leader", "Who leads: transfer."),
     "member": ("aspenfs.cli.member", "member", "Who belongs to it: list, promote, demote, remove."),
+    "recover": ("aspenfs.cli.recover", "recover", "Go on without a majority, as a new cluster."),
+    "restore": ("aspenfs.cli.restore", "restore", "Make a new cluster of a backup."),
     "sync": ("aspenfs.cli.sync", "sync", "Wait until everything written survives a loss of power."),
     "status": ("aspenfs.cli.status", "status", "Is it healthy, and if not, what to do."),
     "ticket": ("aspenfs.cli.ticket", "ticket", "What lets a new node in: create, list, revoke."),

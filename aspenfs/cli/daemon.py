@@ -39,6 +39,7 @@ from aspenfs.fuse.session import serve
 from aspenfs.kv.commands import Command
 from aspenfs.kv.types import Event
 from aspenfs.runtime import identity, peer_settings
+from aspenfs.runtime.backup.writing import OnlineBackup
 from aspenfs.runtime.blob_replication.durable import GroupSync
 from aspenfs.runtime.blob_replication.replicator import BlobReplicator
 from aspenfs.runtime.catching_up import CatchingUp
@@ -200,11 +201,13 @@ class Node:
                 cluster = ClusterControl(self.store.identity, self.store, self.members, self.lags,
                                          self.peering, self.clock, SystemEntropy())  # fmt: skip
                 check = OnlineCheck(self.store, self.blobs, self.replicator)
+                backup = OnlineBackup(self.store, self.volume, self.blobs, self.clock, self.directory.path,
+                                      _release())  # fmt: skip
                 control = ControlServer(
                     self.store,
                     self.status,
-                    {"check": check.handle, "sync": self._sync, "state.digest": self._digest,
-                     **cluster.handlers},
+                    {"check": check.handle, "backup": backup.handle, "sync": self._sync,
+                     "state.digest": self._digest, **cluster.handlers},
                     clock=self.clock,
                     release=_release(),
                 )
