@@ -145,7 +145,7 @@ def described(header: Header, end: End, lost: tuple[tuple[bytes, str], ...]) -> 
 def tell_lost(lost: tuple[tuple[bytes, str], ...]) -> None:
     """What is missing, on stderr."""
     if lost:
-        click.echo(f"LOST: {len(lost)} chunks of files are not in it; reads fail where they belong:", err=True)
+        click.echo(f"LOST: {len(lost)} chunks of files are not in it; reads of these fail:", err=True)
         for digest, cause in lost[:20]:
             click.echo(f"  {digest.hex()}: {cause}", err=True)
         if len(lost) > 20:

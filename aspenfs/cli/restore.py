@@ -49,7 +49,8 @@ def restore(settings: Settings, file: str, own_state_dir: str | None, name: str 
     if as_json:
         print_json({"state_directory": str(directory.path), "cluster": made.node.name,
                     "cluster_id": made.node.cluster_id.hex(), "node": made.node.node_id,
-                    "revision": made.index, "backup": described(made.header, made.end, made.lost)})  # fmt: skip
+                    "revision": made.index,
+                    "backup": described(made.header, made.end, made.lost)})  # fmt: skip
     else:
         _tell(made, directory.path)
     if made.lost:

@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple, Protocol
 import trio
 from blake3 import blake3
 
-from aspenfs.errors import AspenError, Corrupt, InvalidArgument, ProtocolError
+from aspenfs.errors import AspenError, Corrupt, InvalidArgument
 from aspenfs.kv import rows
 from aspenfs.limits import SNAPSHOT_BLOCK_BYTES
 from aspenfs.runtime import swap
@@ -105,19 +105,19 @@ class SnapshotClient:
         """A state of at least `min_index`, from the node that `leader` names (0: nobody knows).
 
         Tries until it has one or is cancelled, and then leaves nothing. NoSpace, StorageError: of this
-        node's disk. Corrupt: what came was damaged, again and again.
+        node's disk. Corrupt: what came was damaged or made no sense, again and again.
         """
         damaged = 0
         try:
             while True:
-                source = await self._opened(leader, min_index)
                 try:
+                    source = await self._opened(leader, min_index)
                     return await self._pulled(source, leader, progress)
                 except _Gone as error:
-                    logger.info("node=%d snapshot of index=%d lost: %s", source.node, source.index, error)
+                    logger.info("a snapshot was lost on its way: %s", error)
                 except Corrupt as error:
                     damaged += 1
-                    logger.warning("node=%d snapshot of index=%d: %s", source.node, source.index, error)
+                    logger.warning("a snapshot was damaged on its way: %s", error)
                     if damaged == _DAMAGED_MAX:
                         raise
                 await trio.sleep(self._pause_s)
@@ -196,7 +196,7 @@ class SnapshotClient:
             await trio.sleep(self._pause_s)
         if why := _said(answer, "gone"):
             raise _Gone(why)
-        return _block(answer)
+        return _block(source.node, answer)
 
     async def _close(self, source: _Source) -> None:
         """The sender need not keep it. If it does not hear that, it notices by itself."""
@@ -269,20 +269,24 @@ def _source(node: int, answer: Any, min_index: int) -> _Source:
         case {"id": bytes(number), "index": int(index), "term": int(term), "digest": str(digest),
               "rows": int(count), "bytes": int(size), "configuration": bytes() | None as configuration}:
             if digest != DIGEST:
-                raise ProtocolError(f"node {node} names states by {digest}, this release by {DIGEST}")
+                raise _nonsense(node, f"it names states by {digest}, this release by {DIGEST}")
             if index < min_index:
-                raise ProtocolError(f"node {node} offers a snapshot of entry {index}, asked for {min_index}")
+                raise _nonsense(node, f"it offers a snapshot of entry {index}, asked for {min_index}")
             return _Source(node, number, index, term, configuration, count, size)
-    raise ProtocolError("this is no snapshot")
+    raise _nonsense(node, "it offers what is no snapshot")
 
 
-def _block(answer: Any) -> _Block:
+def _block(node: int, answer: Any) -> _Block:
     match answer:
         case {"rows": bytes(block), "last": bytes(last), "digest": bytes(digest), "end": bool(end)}:
             if not block and not end:
-                raise ProtocolError("a block without rows, and not the last one")
+                raise _nonsense(node, "a block without rows is not the last one")
             return _Block(block, last, digest, end)
-    raise ProtocolError("this is no block of a snapshot")
+    raise _nonsense(node, "it sends what is no block of a snapshot")
+
+
+def _nonsense(node: int, cause: str) -> Corrupt:
+    return Corrupt(f"a snapshot of node {node}", 0, cause, "do all nodes run the same release?")
 
 
 # --- installing ---
