@@ -342,12 +342,15 @@ class Replica:
         """Keeps `alone` true: the only voter, its leader, nothing under way that may end that."""
         raft = self.raft
         configuration = raft.configuration
+        was_alone = self.alone
         self.alone = (
             raft.role is Role.LEADER
             and configuration == (configuration.voters[:1], (), (), (), False)
             and not raft.change_pending
             and raft.last_index == self._owner.revision
         )
+        if self.alone and not was_alone and self._round:
+            self._ask_again()  # who is alone has no ticks that would find a lost round
 
     # --- applying ---
 
@@ -607,12 +610,21 @@ class Replica:
                 error = error or self._no_quorum()
                 self._done += [(read.done, error) for read in reads if read.deadline_ns <= now]
                 setattr(self, name, [read for read in reads if read.deadline_ns > now])
+        if any(read.deadline_ns <= now for _, read in self._ready_reads):
+            # It has its index, and what leads up to it does not arrive.
+            error = error or self._no_quorum()
+            self._done += [(read.done, error) for _, read in self._ready_reads if read.deadline_ns <= now]
+            self._ready_reads = [(index, read) for index, read in self._ready_reads if read.deadline_ns > now]
         if self._round and (
             self._ticks - self._round_tick >= _RESEND_TICKS or self._round_term != self.raft.term
         ):
-            self._round = 0  # lost on the way, or its leader is: the next one takes its readers along
-            self._next_reads[:0] = self._round_reads
-            self._round_reads = []
+            self._ask_again()
+
+    def _ask_again(self) -> None:
+        """The round is lost on the way, or its leader is: the next one takes its readers along."""
+        self._round = 0
+        self._next_reads[:0] = self._round_reads
+        self._round_reads = []
 
     def _no_quorum(self) -> errors.NoQuorum:
         leader = self.raft.leader

@@ -73,6 +73,16 @@ class Cluster:
         """Those that run, the stopped ones among them."""
         return [machine.process for machine in self.machines.values() if machine.process is not None]
 
+    def newest_configuration(self) -> Configuration:
+        """The newest one that anybody has applied."""
+        configurations = self.invariants.configurations
+        return configurations[max(configurations)]
+
+    def members(self) -> list[Process]:
+        """The processes of its members, as far as they run."""
+        members = {node for part in self.newest_configuration()[:4] for node in part}
+        return [one for one in self.processes() if one.node in members]
+
     def leader(self) -> Process | None:
         """Who leads in the highest term, as far as anybody does."""
         leading = [one for one in self.processes() if one.raft.role is Role.LEADER and not one.paused]

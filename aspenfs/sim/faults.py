@@ -116,22 +116,26 @@ class Faults:
         up = self.cluster.processes()
         return rng.choice(up) if up else None
 
-    def configuration(self) -> Configuration:
-        """The newest one that anybody has applied."""
-        configurations = self.cluster.invariants.configurations
-        return configurations[max(configurations)]
-
     def _bearable(self, configuration: Configuration, without: Iterable[int] = ()) -> bool:
         """Whether a majority of the voters would still have their disks."""
-        there = {node for node, machine in self.cluster.machines.items() if not machine.gone}
+        machines = self.cluster.machines.items()
+        there = {node for node, machine in machines if not machine.gone and not machine.flipped}
         return majority(configuration, there - set(without))
 
     def _may_lose(self, node: int) -> bool:
         """A change of the configuration that is under way may count on that disk: not now."""
         leader = self.cluster.leader()
-        if leader is None or leader.raft.change_pending or leader.raft.configuration != self.configuration():
+        if leader is None or leader.raft.change_pending or not self._settled():
             return False
-        return self._bearable(self.configuration(), [node])
+        return self._bearable(self.cluster.newest_configuration(), [node])
+
+    def _settled(self) -> bool:
+        """Whether a majority of the newest configuration knows, for good, that it is that. Before, who was
+        removed may be needed for one more election: the others may not know that they can do without it."""
+        invariants = self.cluster.invariants
+        newest = max(invariants.configurations)
+        know = [node for node, record in invariants.nodes.items() if record.state_durable >= newest]
+        return majority(self.cluster.newest_configuration(), know)
 
     def _later(self, rng: random.Random, low_ns: int, high_ns: int, act: Callable[[], object]) -> int:
         """`act` after a while, its length in ms."""
@@ -342,7 +346,7 @@ class Faults:
     def _settled_leader(self) -> Process | None:
         """A leader with no change under way, as an operator sees one."""
         leader = self.cluster.leader()
-        if leader is None or leader.raft.configuration != self.configuration():
+        if leader is None or leader.raft.configuration != self.cluster.newest_configuration():
             return None
         configuration = leader.raft.configuration
         if configuration.outgoing and not configuration.auto_leave:
@@ -402,8 +406,12 @@ class Faults:
             return ""
 
         def off() -> None:
-            if node not in {one for part in self.configuration()[:4] for one in part}:
+            if node in {one for part in self.cluster.newest_configuration()[:4] for one in part}:
+                return
+            if self._settled():
                 self.cluster.machines[node].lose("it was removed")
+            else:
+                self.cluster.scheduler.after(SECOND, off, "fault ends")
 
         words = self._change(leader, change)
         return f"{words}, off after {self._later(rng, 100 * MS, 5 * SECOND, off)} ms"

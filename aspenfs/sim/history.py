@@ -90,6 +90,9 @@ class History:
         assert call.returned == NEVER, "a call that returned was refused"
         call.taken_back = True
 
+    def has(self, call: Call) -> bool:
+        return call.position < len(self._calls) and self._calls[call.position] is call
+
     def operations(self) -> list[Operation]:
         """All that may have taken place, in the order of the calls."""
         return [

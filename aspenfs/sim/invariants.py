@@ -76,6 +76,7 @@ class Invariants:
         self.nodes: dict[int, NodeRecord] = {}
         self.leaders: dict[int, int] = {}  # term -> node
         self.written: dict[tuple[int, int], Written] = {}
+        self.told: set[tuple[int, int]] = set()  # those of `written` that were sent to anybody
         self.committed: dict[int, int] = {}  # index -> term
         self.commit = 0
         self.applied: dict[int, bytes] = {}  # index -> digest of entry and effects
@@ -95,12 +96,11 @@ class Invariants:
 
     # --- the log and the disk ---
 
-    def wrote(self, node: int, truncate_after: int | None, entries: Sequence[Entry],
-              hard_state: HardState | None, role: Role) -> None:  # fmt: skip
-        """Into the log of `node`, in this order; nothing of it is durable yet."""
+    def wrote(
+        self, node: int, entries: Sequence[Entry], hard_state: HardState | None, role: Role
+    ) -> None:
+        """Into the log of `node`; nothing of it is durable yet."""
         record = self.node(node)
-        if truncate_after is not None and truncate_after < record.last:
-            self._truncated(node, record, truncate_after, role)
         if hard_state is not None:
             self._voted(node, record, hard_state)
         for entry in entries:
@@ -108,7 +108,11 @@ class Invariants:
         if role is Role.LEADER and any(entry.kind == EntryKind.CONFIGURATION for entry in entries):
             self._configuration_proposed(node, record)
 
-    def _truncated(self, node: int, record: NodeRecord, after: int, role: Role) -> None:
+    def truncates(self, node: int, after: int, role: Role) -> None:
+        """It is about to: from here on, nothing above `after` needs to be found there."""
+        record = self.node(node)
+        if after >= record.last:
+            return
         if role is Role.LEADER:
             raise Violation("leader-append-only", f"leader {node} truncates its log after {after}")
         for index in range(max(after, record.base) + 1, min(record.last, self.commit) + 1):
@@ -127,8 +131,6 @@ class Invariants:
         if hard.term == before.term and before.vote and hard.vote != before.vote:
             raise Violation("vote-kept", f"node {node} changes its vote in term {hard.term}")
         record.hard = hard
-        if hard.vote:
-            self._vote(node, hard.term, hard.vote)
 
     def _vote(self, node: int, term: int, candidate: int) -> None:
         earlier = self.votes.setdefault((term, node), candidate)
@@ -211,6 +213,10 @@ class Invariants:
             self._appended(node, record, entry)
         if self._accepting == node:
             self._forget_accepted(record.last)
+        for index, its in before.items():
+            if index > record.last and (index, its) not in self.told:
+                # Nobody else ever knew of it, nor of that term, perhaps: it may come again, as another.
+                self.written.pop((index, its), None)
         if record.last < durable:
             raise Violation("log-durable", f"node {node} lost entries {record.last + 1} to {durable}")
         for index in range(first + 1, durable + 1):
@@ -248,6 +254,13 @@ class Invariants:
                 raise Violation("vote-durable", f"node {node} votes for {message.to} in term {message.term}, "
                                                 f"durable is {record.hard_durable}")  # fmt: skip
             self._vote(node, message.term, message.to)
+        elif kind == MessageType.VOTE:
+            if record.hard_durable < (message.term, node):
+                raise Violation("vote-durable", f"node {node} stands in term {message.term}, "
+                                                f"durable is {record.hard_durable}")  # fmt: skip
+            self._vote(node, message.term, node)
+        elif kind == MessageType.APP:
+            self.told.update((entry.index, entry.term) for entry in message.entries)
         elif kind == MessageType.PRE_VOTE_RESP and not message.reject:
             self.pre_votes.setdefault((message.term, message.to), set()).add(node)
 
@@ -285,6 +298,8 @@ class Invariants:
                 self._elected(node, record, term)
                 elected = True
             record.role = role
+        if role is not Role.LEADER:
+            commit = min(commit, record.last)  # a full disk: it knows of entries that it could not write
         if commit != record.commit:
             self._commits(node, record, role, term, commit, configuration)
         record.voters = configuration
@@ -300,6 +315,7 @@ class Invariants:
 
     def _elected(self, node: int, record: NodeRecord, term: int) -> None:
         other = self.leaders.setdefault(term, node)
+        self._vote(node, term, node)
         if other != node:
             raise Violation("one-leader-a-term", f"nodes {other} and {node} lead in term {term}")
         last = self.commit

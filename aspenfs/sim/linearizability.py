@@ -148,7 +148,7 @@ class _Search:
     change the state, for they may never have taken place."""
 
     def __init__(self, operations: Sequence[Operation], model: Model) -> None:
-        self.model = model
+        self.model = model = model.within(operations)
         self.known = [one for one in operations if one.known]
         loose = [one for one in operations if not one.known and model.changes(one)]
         self.loose = sorted(loose, key=lambda one: one.called)

@@ -27,6 +27,10 @@ class Model(Protocol):
     def changes(self, operation: Operation) -> bool:
         """Whether it can change anything: a call of unknown outcome that cannot is left out."""
 
+    def within(self, operations: Sequence[Operation]) -> "Model":
+        """The model for these calls of one partition: it may refuse states that lead to none of their
+        results, and say of calls of unknown outcome that they change nothing that anybody saw."""
+
 
 class Register:
     """A key that holds a value or nothing (None). Calls, all with the key first:
@@ -55,22 +59,40 @@ class Register:
         assert name == "delete", name
         return result is UNKNOWN or result == (state is not None), None
 
+    def within(self, operations: Sequence[Operation]) -> Model:
+        return self
+
 
 class AppendList:
-    """A list that only grows. append(key, item) -> None; read(key) -> tuple of items."""
+    """A list that only grows. append(key, item) -> None; read(key) -> tuple of items.
+
+    The longest answer tells what every state must have been: its beginning, or it with more behind it.
+    """
+
+    def __init__(self, longest: tuple[Any, ...] | None = None) -> None:
+        self._longest = longest
 
     def initial(self) -> Hashable:
         return ()
+
+    def within(self, operations: Sequence[Operation]) -> Model:
+        answers = [one.result for one in operations if one.name == "read" and one.known]
+        return AppendList(max(answers, key=len, default=()))
 
     def keys(self, operation: Operation) -> Sequence[Hashable]:
         return (operation.arguments[0],)
 
     def changes(self, operation: Operation) -> bool:
-        return operation.name == "append"
+        if operation.name != "append":
+            return False
+        return self._longest is None or operation.arguments[1] in self._longest
 
     def step(self, state: Any, operation: Operation, result: Any) -> tuple[bool, Any]:
         if operation.name == "append":
-            return True, (*state, operation.arguments[1])
+            item, longest, size = operation.arguments[1], self._longest, len(state)
+            if longest is not None and size < len(longest) and longest[size] != item:
+                return _IMPOSSIBLE
+            return True, (*state, item)
         assert operation.name == "read", operation.name
         return result is UNKNOWN or result == state, state
 
@@ -92,6 +114,9 @@ class Entries:
 
     def changes(self, operation: Operation) -> bool:
         return operation.name not in ("lookup", "list")
+
+    def within(self, operations: Sequence[Operation]) -> Model:
+        return self
 
     def step(self, state: Any, operation: Operation, result: Any) -> tuple[bool, Any]:
         name, arguments = operation.name, operation.arguments
@@ -143,6 +168,9 @@ class Inode:
 
     def changes(self, operation: Operation) -> bool:
         return operation.name not in ("size", "read")
+
+    def within(self, operations: Sequence[Operation]) -> Model:
+        return self
 
     def step(self, state: Any, operation: Operation, result: Any) -> tuple[bool, Any]:
         name, arguments = operation.name, operation.arguments

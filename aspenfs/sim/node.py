@@ -327,14 +327,10 @@ class Process(Consensus):
         self, truncate_after: int | None, entries: Sequence[Entry], hard_state: HardState | None
     ) -> int:
         self._effect()
-        last = self.wal.last_index
-        try:
-            ticket = super().write(truncate_after, entries, hard_state)
-        except NoSpace:
-            if self.wal.last_index < last:
-                self.invariants.wrote(self.node, truncate_after, (), None, self.raft.role)
-            raise
-        self.invariants.wrote(self.node, truncate_after, entries, hard_state, self.raft.role)
+        if truncate_after is not None:
+            self.invariants.truncates(self.node, truncate_after, self.raft.role)
+        ticket = super().write(truncate_after, entries, hard_state)
+        self.invariants.wrote(self.node, entries, hard_state, self.raft.role)
         self._effect()
         return ticket
 
@@ -377,8 +373,10 @@ class Process(Consensus):
         own_ns = self.machine.clock.monotonic_ns()
         if message.commit > self.invariants.node(self.node).commit:
             self.look()
-        if message.type == MessageType.PRE_VOTE_RESP and not message.reject and not self._only_voter():
-            self.invariants.grants(self.node, to, self.raft.term, own_ns)
+        if message.type == MessageType.PRE_VOTE_RESP and not message.reject:
+            given = (self.raft.term, self.raft._vote) == (message.term, to)  # what it promised, it may repeat
+            if not given and not self._only_voter():
+                self.invariants.grants(self.node, to, self.raft.term, own_ns)
         self.invariants.sent(self.node, message)
         self.cluster.network.send(self.node, to, message)
 
@@ -446,7 +444,7 @@ class Process(Consensus):
         except NoSpace as error:
             done(error)
             return
-        self.invariants.wrote(self.node, None, [entry], None, self.raft.role)
+        self.invariants.wrote(self.node, [entry], None, self.raft.role)
         self.note_term(index, term)
         self.engine.accept(index, outcome)
         self.replica.accept(kind, encoded)

@@ -23,7 +23,7 @@ from aspenfs.sim.scheduler import MS, SECOND, Streams, log_uniform
 from aspenfs.sim.workload import Mix, Workload
 
 LEADER_WITHIN_NS: Final = 10 * ELECTION_TICKS * TICK_MS * MS
-ANSWERED_WITHIN_NS: Final = 60 * SECOND  # all that clients have begun, retries included
+ANSWERED_WITHIN_NS: Final = 90 * SECOND  # all that clients have begun, retries included
 _EVENTS_MAX: Final = 2_000_000  # of the peace at the end: more is a cluster that never comes to rest
 
 
@@ -157,38 +157,38 @@ class Simulation:
         leader = self.cluster.leader()
         return leader is not None and leader.raft.committed_in_term
 
-    def members(self) -> list[Process]:
-        """The processes of all members of the newest configuration, as far as they exist."""
-        members = {node for part in self.faults.configuration()[:4] for node in part}
-        return [one for one in self.cluster.processes() if one.node in members]
-
     def _probe(self) -> None:
         """From each member a write and a read get through."""
-        waiting: set[int] = set()
-        for process in self.members():
-            command, _ = process.engine.txn_command([], [types.put(b"probe/%d" % process.node, b"")])
-            waiting |= {process.node, -process.node}
-            process.do(process.submit, command, self._arrived(waiting, process.node, "a write"))
-            process.do(process.read, lambda engine: None,
-                       self._arrived(waiting, -process.node, "a read"),
-                       lambda node=process.node: self._failed(node, "a read"))  # fmt: skip
+        waiting: set[str] = set()
+        for process in self.cluster.members():
+            self._probe_write(process, waiting)
+            self._probe_read(process, waiting)
         self._until("probe", ANSWERED_WITHIN_NS, lambda: not waiting)
 
-    def _arrived(self, waiting: set[int], mark: int, what: str) -> Callable[..., None]:
-        def arrived(result: object, _: int = 0) -> None:
-            if isinstance(result, Exception):
-                raise Violation("liveness-probe", f"{what} at node {abs(mark)} after all faults: {result}")
-            waiting.discard(mark)
+    def _probe_write(self, process: Process, waiting: set[str]) -> None:
+        mark = f"write {process.node}"
+        waiting.add(mark)
 
-        return arrived
+        def ended(result: object) -> None:
+            if isinstance(result, Exception):  # a short time limit on a slow network: again
+                self._probe_write(process, waiting)
+            else:
+                waiting.discard(mark)
 
-    def _failed(self, node: int, what: str) -> None:
-        raise Violation("liveness-probe", f"{what} at node {node} has no quorum after all faults")
+        command, _ = process.engine.txn_command([], [types.put(b"probe/%d" % process.node, b"")])
+        process.do(process.submit, command, ended)
+
+    def _probe_read(self, process: Process, waiting: set[str]) -> None:
+        mark = f"read {process.node}"
+        waiting.add(mark)
+        process.do(process.read, lambda engine: None, lambda seen, revision: waiting.discard(mark),
+                   lambda: self._probe_read(process, waiting))  # fmt: skip
 
     def _converged(self) -> bool:
         """Every member has applied everything."""
         commit = self.cluster.invariants.commit
-        return all(one.engine.revision == commit == one.machine.state.applied_index for one in self.members())
+        members = self.cluster.members()
+        return all(one.engine.revision == commit == one.machine.state.applied_index for one in members)
 
     def report(self, result: Result) -> None:
         cluster = self.cluster

@@ -65,6 +65,7 @@ class Workload:
             (History(), Register()), (History(), AppendList()), (History(), Entries()),
         ]  # fmt: skip
         self.answers: list[Answer] = []
+        self.unknown: list[tuple[Call, object]] = []  # calls, and the writes that they asked for
         self.stopped = False
         self._ticks = 0
         self._values = 0
@@ -100,6 +101,7 @@ class Workload:
     def check(self) -> None:
         """Violation, unless everything that clients were told can be true."""
         log = [change for index, change in sorted(self.cluster.log.items())]
+        self._settle_unknown({change.write for change in log})
         for wrong in check_answers(self.answers, log)[:1]:
             raise Violation("answers", wrong)
         for history, model in self.histories:
@@ -108,6 +110,12 @@ class Workload:
                 raise Violation(verdict.outcome, f"{type(model).__name__}: {verdict.explain()}")
         for reader in self.readers:
             reader.check({change.revision: change for change in log})
+
+    def _settle_unknown(self, applied: set[object]) -> None:
+        """The log is at rest: what it does not have, never took place. Few calls stay unknown then."""
+        for call, write in self.unknown:
+            if write not in applied:
+                next(history for history, _ in self.histories if history.has(call)).refused(call)
 
     def operations(self) -> int:
         return sum(len(history) for history, _ in self.histories)
@@ -156,7 +164,9 @@ class Client:
     def _at_node(self) -> Process | None:
         """The process of the node where this client is; it moves if that is gone."""
         if self.process is None or not self.process.alive or self.rng.random() < 0.02:
-            up = self.cluster.processes()
+            # Mostly a member; else perhaps one that joins, or was removed and does not know.
+            others = self.rng.random() < 0.05 and not self.workload.stopped
+            up = self.cluster.processes() if others else self.cluster.members()
             self.process = self.rng.choice(up) if up else None
         return self.process
 
@@ -308,6 +318,8 @@ class Client:
                     self._wrote(called, result, write, then)
             elif isinstance(result, _REFUSALS):
                 history.refused(call)
+            else:
+                self.workload.unknown.append((call, write))
             self._later()
 
         self._attempt(1, call, compares, then, dedup, write, ended)
