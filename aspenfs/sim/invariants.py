@@ -192,23 +192,21 @@ class Invariants:
 
     # --- lives ---
 
-    def started(self, node: int, entries: Iterable[Entry], hard: HardState, applied: int,
-                base: tuple[int, int], configuration: Configuration, own_ns: int) -> None:  # fmt: skip
-        """A life begins with what was found on the disk. All that was durable must be there.
-
-        `base` is (index, term) of the entry before `entries`."""
+    def started(self, node: int, base: int, entries: Sequence[Entry], hard: HardState, applied: int,
+                applied_term: int, configuration: Configuration, own_ns: int) -> None:  # fmt: skip
+        """A life begins with what was found on the disk: the log's `entries`, which begin behind `base`,
+        and a state. All that was durable must be there."""
         record = self.node(node)
         if hard < record.hard_durable:
             raise Violation("term-monotone", f"node {node} forgot {record.hard_durable}, it has {hard}")
         if applied < record.state_durable:
             raise Violation("state-durable", f"node {node} lost its state of {record.state_durable}")
         before, durable = record.terms, record.durable
-        first, term = base
-        if before.get(first, term) != term and first <= max(durable, record.state_durable):
-            raise Violation("log-durable",
-                            f"node {node} has entry {first} of term {term}, not {before[first]}")  # fmt: skip
-        record.terms = {index: its for index, its in before.items() if index < first} | {first: term}
-        record.base = record.last = first
+        # What the log does not go back to is in the state, or the check of that says so.
+        record.terms = {index: its for index, its in before.items() if index <= base}
+        if base == applied:
+            record.terms[base] = applied_term
+        record.base = record.last = base
         for entry in entries:
             self._appended(node, record, entry)
         if self._accepting == node:
@@ -219,7 +217,7 @@ class Invariants:
                 self.written.pop((index, its), None)
         if record.last < durable:
             raise Violation("log-durable", f"node {node} lost entries {record.last + 1} to {durable}")
-        for index in range(first + 1, durable + 1):
+        for index in range(base + 1, min(durable, record.last) + 1):
             if record.terms[index] != before.get(index):
                 raise Violation("log-durable", f"node {node} has another entry {index} than the durable one")
         if applied > record.last:
@@ -234,6 +232,16 @@ class Invariants:
         record.voters = configuration
         record.started_ns, record.heard_ns, record.heard_term = own_ns, 0, 0
         record.committed_own_term = 0
+
+    def decides(self, node: int, upto: int) -> None:
+        """The only voter starts, and calls committed what its log has, durably."""
+        record = self.node(node)
+        for index in range(record.commit + 1, upto + 1):
+            if index > self.commit:
+                self._newly_committed(index, record.terms[index], record.voters)
+            elif self.committed[index] != record.terms[index]:
+                raise Violation("state-machine-safety", f"node {node} decides on another {index}")
+        record.commit = upto
 
     def configuration_at(self, index: int) -> Configuration:
         """As of that entry."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from aspenfs.cluster.messages import CAMPAIGN_TRANSFER, Message, MessageType
+from aspenfs.cluster.raft import Raft
 from aspenfs.cluster.types import Configuration, Entry, EntryKind, HardState, Role, Snapshot
 from aspenfs.errors import AspenError, Corrupt, NoSpace, StorageError
 from aspenfs.kv import commands
@@ -22,6 +23,7 @@ from aspenfs.kv.engine import Engine
 from aspenfs.kv.state import Effect
 from aspenfs.kv.types import Event
 from aspenfs.limits import TICK_MS
+from aspenfs.runtime import recovery
 from aspenfs.runtime.applier import Applier
 from aspenfs.runtime.consensus import (
     META_CONFIGURATION,
@@ -30,6 +32,7 @@ from aspenfs.runtime.consensus import (
     decode_configuration,
     encode_configuration,
 )
+from aspenfs.runtime.statedb import StateDb
 from aspenfs.runtime.syncer import Syncer
 from aspenfs.runtime.wal import Wal
 from aspenfs.runtime.wal_recovery import SPARE
@@ -143,14 +146,20 @@ class Machine:
         self.thread.close()
 
 
-class _Backlog:
-    """Stands for the applier of the host: what was evaluated and is not yet in the state."""
+class _Evaluated:
+    """Stands for the applier of the host, and notes what each entry did until that was reported."""
 
     def __init__(self) -> None:
-        self.effects: Sequence[Effect] = ()
+        self.effects: dict[int, Sequence[Effect]] = {}
+        self.events: dict[int, Sequence[Event]] = {}
 
     def add(self, index: int, effects: Sequence[Effect]) -> None:
-        self.effects = effects
+        """As `Applier.add`."""
+        self.effects[index] = effects
+
+    def changed(self, index: int, events: Sequence[Event], origin: object) -> None:
+        """An observer of the engine."""
+        self.events[index] = events
 
 
 class Process(Consensus):
@@ -164,11 +173,10 @@ class Process(Consensus):
         self._deferred: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._sync_number = 0  # of the sync under way: what comes late from an earlier one is ignored
         self._sync_again = False
-        self._events: Sequence[Event] = ()  # of the entry that was evaluated last
         self._when_committed: list[tuple[int, Callable[[], object]]] = []
         self.deaths: list[Callable[[], object]] = []  # called when the process ends
         self.tasks: list[Task] = []
-        self.backlog = _Backlog()
+        self.evaluated = _Evaluated()
         state = machine.state
         wal = Wal.open(machine.disk, "wal", CLUSTER_ID, segment_bytes=self.settings.segment_bytes,
                        background=False)  # fmt: skip
@@ -179,36 +187,58 @@ class Process(Consensus):
             cause = f"the log has {wal.first_index} to {wal.last_index}, the state is at {applied}"
             raise Corrupt("wal", 0, cause, "see runtime/recovery.py")
         entries = [Entry(one.term, one.index, one.kind, one.payload) for one in wal.replay(wal.first_index)]
-        hard = hard_state_of(wal)
+        self.engine = engine = Engine(state, machine.clock, _Entropy(machine), Signal, index=applied)
+        engine.observe(self.evaluated.changed)
+        self.wal = wal
         configuration = configuration_of(state)
-        engine = Engine(state, machine.clock, _Entropy(machine), Signal, index=applied)
-        engine.observe(self._changed)
-        # Of what is trimmed, the log does not tell the term: begin with an entry that is there.
-        if entries and entries[0].index <= applied:
-            base = entries.pop(0)
-            base_index, base_term = base.index, base.term
-        else:
-            base_index, base_term = applied, term_of(state)
-        terms = [(base_index, base_term), *((entry.index, entry.term) for entry in entries)]
-        super().__init__(wal, engine, cast(Applier, self.backlog), cast(Syncer, self), self._stops,
-                         terms, configuration)  # fmt: skip
+        super().__init__(wal, engine, cast(Applier, self.evaluated), cast(Syncer, self), self._stops,
+                         [(applied, term_of(state))], configuration)  # fmt: skip
         self.run_inline = False
         self.snapshot_wanted = self._fetch
-        self.engine, self.wal = engine, wal
-        self.invariants.started(self.node, entries, hard, applied, (base_index, base_term), configuration,
-                                machine.clock.monotonic_ns())  # fmt: skip
+        self.invariants.started(self.node, wal.first_index - 1, entries, hard_state_of(wal), applied,
+                                term_of(state), configuration, machine.clock.monotonic_ns())  # fmt: skip
         self.invariants.check_state(self.node, state, applied)
-        self.raft = self.settings.make_raft(
-            self.node, configuration, hard_state=hard, entries=entries, base_index=base_index,
-            base_term=base_term, applied=applied, random=machine.rng.randrange,
-            fresh=machine.incarnation == 1)  # fmt: skip
+        self.alone_at_start = configuration == Configuration((self.node,))
+        found = recovery.replay(wal, "wal", cast(StateDb, state), engine, cast(Applier, self.evaluated),
+                                cast(Syncer, self), None, alone=self.alone_at_start,
+                                note_term=self.note_term)  # fmt: skip
+        self._decided([entry for entry in entries if applied < entry.index <= engine.revision])
+        self.raft = self._make_raft(configuration, found.tail)
         self.replica = self.settings.make_replica(
             self.raft, self, machine.clock.monotonic_ns, incarnation=machine.incarnation,
             proposal_timeout_ms=self.settings.proposal_timeout_ms)  # fmt: skip
+        self._quietly = not found.tail and not configuration.learners
+
+    def _decided(self, entries: Sequence[Entry]) -> None:
+        """A node alone says itself what is committed: all that its log still has."""
+        if entries:
+            self.invariants.decides(self.node, entries[-1].index)
+        for entry in entries:
+            self._report(entry)
+
+    def _make_raft(self, configuration: Configuration, tail: Sequence[Entry]) -> Raft:
+        """As `NodeStore` does it."""
+        revision = self.engine.revision
+        written, last_term = hard_state_of(self.wal), tail[-1].term if tail else self.term_at(revision)
+        hard = HardState(max(written.term, last_term), written.vote if written.term >= last_term else 0)
+        return self.settings.make_raft(
+            self.node, configuration, hard_state=hard, entries=tail, base_index=revision,
+            base_term=self.term_at(revision), applied=revision, random=self.machine.rng.randrange,
+            fresh=self.machine.incarnation == 1)  # fmt: skip
 
     def begin(self) -> None:
         self._plan_tick()
         self._plan_flush()
+        if self._only_voter():
+            self.do(self._campaign)
+
+    def _campaign(self) -> None:
+        self.raft.campaign(quietly=self._quietly)
+        self.look()
+        self.replica.pump()
+
+    def run_hooks(self) -> None:
+        """As `Syncer.run_hooks`: nothing is named by entries here that must be durable before them."""
 
     def described(self) -> str:
         raft = self.raft
@@ -384,22 +414,22 @@ class Process(Consensus):
         self._effect()
         self.look()
         result = super().apply(entry, context)
-        if self.invariants.applies(self.node, entry, self.backlog.effects):
-            self.cluster.first_applied(entry, self._events)
-        self._events = ()
+        self._report(entry)
         return result
 
-    def _changed(self, index: int, events: Sequence[Event], origin: object) -> None:
-        self._events = events
+    def _report(self, entry: Entry, *, accepted: bool = False) -> None:
+        """What was just evaluated."""
+        effects = self.evaluated.effects.pop(entry.index, ())
+        events = self.evaluated.events.pop(entry.index, ())
+        if self.invariants.applies(self.node, entry, effects, accepted=accepted):
+            self.cluster.first_applied(entry, events)
 
     def apply_configuration(self, entry: Entry, configuration: Configuration) -> None:
         self._effect()
         self.look()
         super().apply_configuration(entry, configuration)
-        if self.invariants.applies(self.node, entry, ()):
-            self.invariants.configurations[entry.index] = configuration
-            self.cluster.first_applied(entry, ())
-        elif self.invariants.configurations[entry.index] != configuration:
+        self._report(entry)
+        if self.invariants.configurations.setdefault(entry.index, configuration) != configuration:
             raise Violation("state-machine-safety", f"node {self.node}: {configuration} at {entry.index}")
 
     def committed(self, index: int) -> None:
@@ -448,9 +478,8 @@ class Process(Consensus):
         self.note_term(index, term)
         self.engine.accept(index, outcome)
         self.replica.accept(kind, encoded)
-        if self.invariants.applies(self.node, entry, outcome.effects, accepted=True):
-            self.cluster.first_applied(entry, self._events)
-        self._events = ()
+        self.evaluated.add(index, outcome.effects)
+        self._report(entry, accepted=True)
         self.request()
         self.when_committed(index, lambda: done(outcome.result))
 
