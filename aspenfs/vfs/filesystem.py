@@ -59,6 +59,9 @@ class RootTree(Tree):
     def list_names(self, node: int, behind: Any, limit: int) -> tuple[Sequence[bytes], Any]:
         return list(self.trees), None
 
+    def listing_version(self, node: int) -> int | None:
+        return 0
+
     async def statfs(self) -> Usage:
         return await next(iter(self.trees.values())).statfs()
 
@@ -362,6 +365,13 @@ class FileSystem:
         tree, node = self.locate(ino)
         return await self.listings.after(tree, node, position, limit)
 
+    def ended(self, ino: int, position: int) -> Sequence[bytes] | None:
+        """All names, if the kernel may keep what it was given up to `position`, the end: `Listings.ended`."""
+        return self.listings.ended(*self.locate(ino), position)
+
+    def passed_over(self, ino: int) -> None:
+        self.listings.passed_over(*self.locate(ino))
+
     async def listed(self, ino: int, names: Sequence[bytes]) -> list[tuple[int, Tree, Attr] | None]:
         """What names that were listed are now, None: gone; not yet lookups, see `remember`."""
         tree, node = self.locate(ino)
@@ -407,7 +417,7 @@ class FileSystem:
             return
         for event in events:
             for tree in self.trees:
-                tree.noticed(event)
+                tree.noticed(event, own)
                 if not own:
                     for touched in tree.touched(event):
                         self._tell(tree, touched)

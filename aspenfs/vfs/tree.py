@@ -175,6 +175,10 @@ class Tree:
         """
         raise errors.NotADirectory(node)
 
+    def listing_version(self, node: int) -> int | None:
+        """A number that differs after each change of the names in a directory; None: nobody can tell."""
+        return None
+
     async def listed(self, node: int, names: Sequence[bytes]) -> list[Attr | None]:
         """What names that `list_names` gave are now, as by `lookup`; None: gone."""
         found: list[Attr | None] = []
@@ -244,8 +248,8 @@ class Tree:
     def forgotten(self, node: int) -> None:
         """The kernel no longer knows the node, and no handle is open: it may be reaped."""
 
-    def noticed(self, event: Event) -> None:
-        """A change of the store at apply, this mount's own too; called on several nodes only, before
+    def noticed(self, event: Event, own: bool) -> None:
+        """A change of the store at apply, perhaps this mount's own; called on several nodes only, before
         `touched`."""
 
     def replaced(self) -> None:

@@ -155,6 +155,9 @@ class ClusterTree(Tree):
             raise errors.NotADirectory(node)
         return _NAMES, None
 
+    def listing_version(self, node: int) -> int | None:
+        return 0
+
 
 class ClusterFile(OpenFile):
     direct_io = True  # the kernel would read no further than the size, 0

@@ -171,6 +171,10 @@ class FilesTree(Tree):
         names = [entry[0] for entry in entries]
         return names, names[-1] if len(names) == limit else None
 
+    def listing_version(self, node: int) -> int | None:
+        record = self.store.get(layout.inode_key(node))
+        return None if record is None else record.mod_revision
+
     async def listed(self, node: int, names: Sequence[bytes]) -> list[Attr | None]:
         directory, revision, children = self.just_listed
         for child in self.writes.files.keys() & children.values():
@@ -297,7 +301,7 @@ class FilesTree(Tree):
         elif not inode.nlink:
             self.orphans.removed(node)
 
-    def noticed(self, event: Event) -> None:
+    def noticed(self, event: Event, own: bool) -> None:
         key, record, previous = event
         kind = key[:3]
         if kind == layout.INODE_PREFIX:

@@ -56,6 +56,11 @@ class KVTree(Tree):
             return space.directory_attr(found)
         return space.file_attr(*found)
 
+    def names_it(self, parent: int, name: bytes, node: int) -> bool:
+        found = kv_names.look(self.space, self.space.directory(parent), name)
+        there = found[0] if isinstance(found, tuple) else found
+        return there is not None and there.id == node
+
     async def getattr(self, node: int) -> Attr:
         space = self.space
         found = space.nodes.by_id.get(node)
@@ -79,10 +84,13 @@ class KVTree(Tree):
         self.space.content(node)  # Stale, if it went unseen
         if flags & os.O_TRUNC:
             await truncate(self.space, node, 0)
-        return KVFile(self.space, node, flags)
+        return KVFile(self.space, node, flags, lambda number: self.displaced(number))
 
     def list_names(self, node: int, behind: Any, limit: int) -> tuple[Sequence[bytes], Any]:
         return list_names(self.space, self.space.directory(node), behind, limit)
+
+    def listing_version(self, node: int) -> int | None:
+        return self.space.store.revision  # what is below a directory may change its names too
 
     def parent_of(self, node: int) -> int:
         above = b""
@@ -132,16 +140,18 @@ class KVTree(Tree):
     async def create(self, parent: int, name: bytes, mode: int, flags: int,
                      caller: Caller) -> tuple[Attr, OpenFile]:
         space = self.space
-        node, record, made = await kv_names.make_file(space, parent, name, mode, flags, caller)
+        node, _, made = await kv_names.make_file(space, parent, name, mode, flags, caller)
+        if not made:
+            await self.fresh()  # it is opened: what was closed elsewhere by now is in it
         # A new file needs no O_TRUNC; it would be a second revision.
         target = await self._open(node, flags & ~os.O_TRUNC if made else flags)
-        return space.file_attr(node, record if made else space.content(node)), target
+        return space.file_attr(node, space.content(node)), target
 
     async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Attr:
         if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
             raise errors.NotPermitted("a key is a regular file")
-        node, record, _ = await kv_names.make_file(self.space, parent, name, mode, os.O_EXCL, caller)
-        return self.space.file_attr(node, record)
+        node, _, _ = await kv_names.make_file(self.space, parent, name, mode, os.O_EXCL, caller)
+        return self.space.file_attr(node, self.space.content(node))
 
     async def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Attr:
         return self.space.directory_attr(
@@ -216,6 +226,10 @@ class KVTree(Tree):
 
     def forgotten(self, node: int) -> None:
         self.space.nodes.forget(node)
+
+    def noticed(self, event: Event, own: bool) -> None:
+        if own:
+            self.space.applied(event)
 
     def touched(self, event: Event) -> Iterable[Touched]:
         return touched(self.space, event)

@@ -7,7 +7,7 @@ pages belong to the node, not to the open file: a snapshot read into them would 
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from aspenfs import errors
 from aspenfs.kv.merge import apply_edits
@@ -57,10 +57,14 @@ async def truncate(space: KeySpace, node: FileNode, size: int) -> None:
 
 
 class KVFile(OpenFile):
-    __slots__ = ("flags", "node", "space", "waits")
+    """`displaced` hears of bytes that are not where the kernel has them."""
 
-    def __init__(self, space: KeySpace, node: FileNode, flags: int) -> None:
-        self.space, self.node, self.flags = space, node, flags
+    __slots__ = ("displaced", "flags", "node", "space", "waits")
+
+    def __init__(
+        self, space: KeySpace, node: FileNode, flags: int, displaced: Callable[[int], None]
+    ) -> None:
+        self.space, self.node, self.flags, self.displaced = space, node, flags, displaced
         self.waits = bool(flags & os.O_DSYNC)  # O_SYNC contains it
 
     async def read(self, offset: int, size: int) -> bytes:
@@ -68,7 +72,7 @@ class KVFile(OpenFile):
 
     async def write(self, offset: int, data: bytes) -> int:
         """As much as a value can take, as POSIX has it for the file size limit; TooLarge if nothing."""
-        space, node = self.space, self.node
+        space, node, believed = self.space, self.node, offset
         appends = False
         if self.flags & os.O_APPEND:
             size = len(space.content(node).value)
@@ -82,6 +86,11 @@ class KVFile(OpenFile):
             data = data[:room]
         written = append(data) if appends else patch(offset, data)
         revision = await edit(space, node, written, set_attributes(stamp(space.clock.time_ns())))
+        if appends and not space.store.alone:
+            record = space.record(node)
+            if (record is None or record.mod_revision != revision
+                    or len(record.value) != believed + len(data)):  # fmt: skip
+                self.displaced(node.id)
         if self.waits and revision:
             await space.store.committed(revision)
         return len(data)

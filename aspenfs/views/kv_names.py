@@ -7,6 +7,7 @@ what exists (`kv_rename.py`), contents (`kv_files.py`).
 import os
 
 from aspenfs import errors
+from aspenfs.kv.merge import changed_attributes
 from aspenfs.kv.types import (
     EQUAL,
     Compare,
@@ -89,8 +90,14 @@ async def _make(space: KeySpace, directory: DirectoryNode, name: bytes, value: b
     key = KEYS + user_key
     change = Change([absent(key), *no_directory(prefix)], [put(key, value, 0, attributes)])
     result = await space.commit(together(change, space.arriving(directory, space.clock.time_ns())))
-    record = None if result is None else space.store.get(key)
-    return None if record is None else (space.nodes.file(key, record), record)
+    if result is None:
+        return None
+    record = space.store.get(key)
+    if record is not None and record.create_revision == result.revision:
+        return space.nodes.file(key, record), record
+    # Others have removed it since: it was there, and the caller has it open.
+    ours = Record(value, result.revision, result.revision, 1, 0, 0, changed_attributes({}, attributes))
+    return space.nodes.vanished(ours), ours
 
 
 async def make_directory(space: KeySpace, parent: int, name: bytes, mode: int,
@@ -131,7 +138,8 @@ async def unlink(space: KeySpace, parent: int, name: bytes) -> None:
         stays = space.leaving(directory, start, start + b"\0", space.clock.time_ns())
         if await space.commit(together(change, stays)) is not None:
             # What it held is kept as long as the kernel knows the node: it may be open.
-            space.nodes.orphan(key, record)
+            if space.nodes.files.get(key) is node:
+                space.nodes.orphan(key, record)
             return
     raise errors.Conflict(name)
 
@@ -151,7 +159,8 @@ async def rmdir(space: KeySpace, parent: int, name: bytes) -> None:
         end = prefix_end(KEYS + prefix)[len(KEYS):]
         stays = space.leaving(directory, prefix, end, space.clock.time_ns())
         if await space.commit(together(change, stays)) is not None:
-            space.nodes.remove_directory(prefix)
+            if space.nodes.directories.get(prefix) is found:
+                space.nodes.remove_directory(prefix)
             return
     raise errors.Conflict(name)
 

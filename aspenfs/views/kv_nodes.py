@@ -86,6 +86,16 @@ class Nodes:
             node.key, node.orphan = None, last
         return node
 
+    def vanished(self, record: Record) -> FileNode:
+        """The node of a file of ours that was removed, or replaced, before anybody could look at it."""
+        number = (record.create_revision << _ORDINAL_BITS | record.ordinal) & _CREATION_MASK
+        if number in self.by_id:
+            number = self._count()
+        node = FileNode(number, b"", record.create_revision, is_symlink(record))
+        node.key, node.orphan = None, record
+        self.by_id[number] = node
+        return node
+
     def move(self, node: FileNode, key: bytes, created: int) -> None:
         """The file is under another key now, which nobody else may have (see `orphan`)."""
         if node.key is not None and self.files.get(node.key) is node:

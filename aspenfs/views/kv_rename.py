@@ -7,6 +7,7 @@ and no key has come between them.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Final, NamedTuple
 
 from aspenfs import errors
@@ -27,7 +28,16 @@ from aspenfs.views.kv_attributes import CTIME, MTIME, times
 from aspenfs.views.kv_names import Found, look, nothing_in
 from aspenfs.views.kv_nodes import DirectoryNode, FileNode
 from aspenfs.views.kv_paths import is_continuation, levels, place_of
-from aspenfs.views.kv_space import CONFLICTS_MAX, KEYS, MARKERS, Change, KeySpace, no_directory, together
+from aspenfs.views.kv_space import (
+    CONFLICTS_MAX,
+    KEYS,
+    MARKERS,
+    Change,
+    KeySpace,
+    Move,
+    no_directory,
+    together,
+)
 
 RENAME_KEYS_MAX: Final = 58  # each takes up to two compares and two operations
 NOREPLACE: Final = 1
@@ -85,12 +95,17 @@ async def _rename(space: KeySpace, parent: DirectoryNode, name: bytes, new_paren
     replaced = None if flags & EXCHANGE else victim
     change = together(change, Change([], _moves(sources, replaced, now)),
                       _parents(space, parent, new_parent, sources[0], flags, now))
+    witness = sources[0].items[0][0]
+    move = Move(witness, moved(witness, sources[0]), partial(_follow, space, sources, replaced))
+    space.moves.append(move)
     try:
         if await space.commit(change) is None:
             return False
     except errors.TxnTooLarge as error:
         raise errors.CrossTree(f"too much to move at once: {error}") from None
-    _follow(space, sources, replaced)
+    finally:
+        space.moves.remove(move)
+    move.follow()
     return True
 
 

@@ -10,7 +10,7 @@ that none vanishes under a shell. Not here: names (`kv_paths.py`), node ids (`kv
 """
 
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from aspenfs import errors
@@ -18,6 +18,7 @@ from aspenfs.kv.store import Store
 from aspenfs.kv.types import (
     NO_ATTRIBUTES,
     Compare,
+    Event,
     Operation,
     Record,
     TxnResult,
@@ -59,12 +60,28 @@ class Change(NamedTuple):
     operations: list[Operation]
 
 
+class Move:
+    """A rename under way: `follow` takes the nodes along, once, when it is applied. `witness` is one of the
+    keys that go, `target` where it goes."""
+
+    __slots__ = ("_follow", "_followed", "target", "witness")
+
+    def __init__(self, witness: bytes, target: bytes, follow: Callable[[], None]) -> None:
+        self.witness, self.target, self._follow, self._followed = witness, target, follow, False
+
+    def follow(self) -> None:
+        if not self._followed:
+            self._followed = True
+            self._follow()
+
+
 class KeySpace:
     """The store as the tree sees it. `origin` marks our own changes to the store's observers."""
 
     def __init__(self, store: Store, clock: Clock, uid: int, gid: int) -> None:
         self.store, self.clock, self.uid, self.gid = store, clock, uid, gid
         self.nodes = Nodes()
+        self.moves: list[Move] = []
         self.origin: object = self
         self.started_ns = clock.time_ns()
 
@@ -282,6 +299,20 @@ class KeySpace:
                 if low < high and self.store.range(low, high, limit=1, keys_only=True):
                     return True
         return False
+
+    def applied(self, event: Event) -> None:
+        """A change of our own, at apply. On several nodes whoever asked for it goes on some time later, and
+        others look meanwhile: what the kernel knows must fit at once."""
+        key, record, previous = event
+        if not key.startswith(KEYS):
+            return
+        for move in self.moves:
+            target = self.store.get(move.target) if key == move.witness else None
+            if target is not None and target.mod_revision == self.store.revision:
+                move.follow()
+                return
+        if record is None:
+            self.nodes.orphan(key, previous)
 
     async def commit(self, change: Change) -> TxnResult | None:
         """The result, or None if a compare did not hold (look again, then try again)."""

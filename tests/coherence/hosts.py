@@ -114,6 +114,11 @@ class HostStore:
     def _has_work(self) -> bool:
         return self.revision < len(self.hosts.log) and not (self.paused or self.cut)
 
+    def leap(self) -> None:
+        """After `paused`: all that it has missed at once, before anybody who waits for some of it goes on."""
+        self.catch_up()
+        self.go_on()
+
     def go_on(self) -> None:
         """After `paused` or `cut`."""
         self.paused = self.cut = False
@@ -253,7 +258,7 @@ class Host:
     def _observe(self, revision: int, events: Sequence[Event], origin: object) -> None:
         if not self.store.alone:
             for event in events:
-                self.tree.noticed(event)
+                self.tree.noticed(event, origin is self.volume)
 
     def kill(self) -> None:
         """As SIGKILL does it: whatever it was about to do, it does not."""

@@ -370,7 +370,7 @@ def test_a_file_made_here_and_removed_elsewhere_before_create_returns_is_held() 
         hosts.nursery.start_soon(making)
         await until(lambda: a.store.get(layout.dirent_key(1, b"f")) is not None)
         await a.mounted.unlink(b"f")
-        b.store.go_on()
+        b.store.leap()
         await trio.sleep(LONG_S)
         (file,) = results
         assert await file.write(0, b"late") == 4
