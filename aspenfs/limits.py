@@ -133,6 +133,10 @@ CONTROL_PAGE_KEYS = 512  # records in one page; the loop serves others between p
 CONTROL_PAGE_BYTES = 256 * KIB  # a page is closed once it holds this much
 CONTROL_DELETE_KEYS = 256  # keys that one step of a deletion by prefix removes; some ms of the loop
 
+# --- the metrics address ---
+METRICS_CONNECTIONS_MAX = 8  # scrapers at once; more wait
+METRICS_IDLE_S_MAX = 30  # a connection without a request is closed then
+
 # --- the kernel's side ---
 REQUESTS_IN_FLIGHT_MAX = 256  # handlers at work at once; further requests wait in the kernel
 ABSENT_NAMES_MAX = 65_536  # told to be absent within a second or two; beyond it any may be

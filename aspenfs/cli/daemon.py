@@ -38,7 +38,7 @@ from aspenfs.fuse.operations import Operations, Presentation
 from aspenfs.fuse.session import serve
 from aspenfs.kv.commands import Command
 from aspenfs.kv.types import Event
-from aspenfs.runtime import identity, peer_settings
+from aspenfs.runtime import identity, metrics, peer_settings
 from aspenfs.runtime.backup.writing import OnlineBackup
 from aspenfs.runtime.blob_replication.durable import GroupSync
 from aspenfs.runtime.blob_replication.replicator import BlobReplicator
@@ -58,6 +58,7 @@ from aspenfs.vfs.coherence import Coherence
 from aspenfs.vfs.filesystem import ROOT_INODE, FileSystem
 from aspenfs.vfs.tree import Usage
 from aspenfs.views import VIEWS, Resources
+from aspenfs.views.cluster import metrics as metrics_text
 from aspenfs.views.files import FilesTree
 from aspenfs.views.kv import KVTree
 
@@ -220,6 +221,8 @@ class Node:
                 log.info("state is open revision=%d orphans=%d", self.store.revision, orphans)
                 if options.subtree != "/":
                     await self.filesystem.use_subtree(os.fsencode(options.subtree))
+                if options.metrics is not None:
+                    await nursery.start(metrics.serve, options.metrics, lambda: metrics_text(self.status()))
                 nursery.start_soon(self.upkeep.run)
                 nursery.start_soon(self.beside.run)
                 nursery.start_soon(self._signals)

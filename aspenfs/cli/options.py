@@ -55,6 +55,7 @@ class MountOptions:
     attr_timeout_s: float | None = None  # None: each tree's own
     entry_timeout_s: float | None = None
     spin_us: int | None = None  # how long to poll before sleeping; None: the daemon's own
+    metrics: str | None = None  # HOST:PORT of a loopback address that serves them over HTTP
     log_level: LogLevel = "info"
     listen: str | None = None  # HOST:PORT for other nodes; None: what the state directory says
     advertise: tuple[str, ...] = ()  # HOST:PORT at which they find this node; (): so too
@@ -227,6 +228,15 @@ def _address(key: str, text: str) -> str:
         raise errors.InvalidArgument(f"option {key}: {error}") from None
 
 
+def _metrics(key: str, text: str) -> str:
+    from aspenfs.runtime import metrics  # here, as above
+
+    try:
+        return metrics.check(text)
+    except errors.InvalidArgument as error:
+        raise errors.InvalidArgument(f"option {key}: {error}") from None
+
+
 def _plain(key: str, text: str) -> str:
     """Text that needs no quoting in libfuse's options and in /proc/mounts."""
     if not text.isprintable() or "\\" in text or " " in text:
@@ -272,6 +282,7 @@ _VALUES: dict[str, tuple[str, Callable[[str, str], object]]] = {
     "fsname": ("fsname", _plain),
     "listen": ("listen", _address),
     "advertise": ("advertise", _address),
+    "metrics": ("metrics", _metrics),
 }
 _LISTS = frozenset({"advertise"})  # of these each one counts, not the last
 
