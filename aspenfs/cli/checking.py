@@ -19,6 +19,7 @@ from aspenfs.cli.paths import StateDirectory
 from aspenfs.filesystem.check import Check, Problem, unnamed_blobs
 from aspenfs.filesystem.layout import BLOB_PREFIX, named_digests
 from aspenfs.filesystem.volume import NoReplicas, Replicas
+from aspenfs.runtime import swap
 from aspenfs.runtime.control_command import Call
 from aspenfs.runtime.disk import RealDisk
 from aspenfs.runtime.host import NodeStore
@@ -50,8 +51,10 @@ def check_offline(
 ) -> Iterator[Finding]:
     """Findings, worst part first; `done` gets the totals if the walk came to its end. Busy if in use."""
     with StateLock.acquire(directory):
+        disk = RealDisk(directory.path)
         try:
-            blobs = BlobStore.open(RealDisk(directory.path))
+            swap.recover(disk)  # before anything is opened: it may give way to something else
+            blobs = BlobStore.open(disk)
         except errors.StorageError as error:
             yield Finding("blobs", "", str(error))
             return

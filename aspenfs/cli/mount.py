@@ -18,10 +18,12 @@ from typing import NoReturn
 
 from aspenfs import errors
 from aspenfs.cli import ready
+from aspenfs.cli.lock import StateLock
 from aspenfs.cli.options import MountOptions, parse_mount
 from aspenfs.cli.paths import StateDirectory
 from aspenfs.fuse import mounts
-from aspenfs.runtime import identity
+from aspenfs.runtime import identity, swap
+from aspenfs.runtime.disk import RealDisk
 
 FILE_SYSTEM_TYPE = "fuse.aspen"
 FUSE_DEVICE = "/dev/fuse"
@@ -263,8 +265,9 @@ def _prepare_state(options: MountOptions) -> StateDirectory:
     if path.is_dir() and not os.access(path, os.R_OK | os.W_OK | os.X_OK):
         raise Refused(ExitCode.SYSTEM, f"{directory.path}: the state directory is not writable for you")
     try:
+        _finish_swap(directory)
         home = identity.read(path)
-    except errors.Corrupt as error:
+    except (errors.Corrupt, errors.Busy) as error:
         raise Refused(ExitCode.MOUNT_FAILED, str(error)) from None
     if home is None and not options.create:
         # Never a new, empty cluster by accident, just because the disk with the old one is not there.
@@ -280,6 +283,14 @@ def _prepare_state(options: MountOptions) -> StateDirectory:
             "mount that name, or name another place with -o state_dir=",
         )
     return directory
+
+
+def _finish_swap(directory: StateDirectory) -> None:
+    """What a restore or a recovery had decided when it was killed: which cluster this is depends on it."""
+    disk = RealDisk(directory.path)
+    if directory.path.is_dir() and swap.pending(disk):
+        with StateLock.acquire(directory):
+            swap.recover(disk)
 
 
 def _daemon_command() -> list[str]:

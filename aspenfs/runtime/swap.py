@@ -87,6 +87,11 @@ def finish(disk: SwapDisk) -> None:
     disk.sync_directory("")
 
 
+def pending(disk: Disk) -> bool:
+    """Whether a swap was committed and is not over."""
+    return MARKER in disk.list("")
+
+
 def recover(disk: SwapDisk) -> int | None:
     """Before anything else is opened: goes on with a swap that was committed, or forgets one that was not.
 

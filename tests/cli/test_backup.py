@@ -1,5 +1,6 @@
 """`aspen backup`, `restore`, `recover`: files, names, exit codes, and what is said."""
 
+import io
 import json
 import os
 import stat
@@ -12,12 +13,16 @@ import pytest
 from click.testing import CliRunner, Result
 
 from aspenfs import errors
+from aspenfs.cli import mount
 from aspenfs.cli.aspen import aspen
 from aspenfs.cli.lock import StateLock
+from aspenfs.cli.options import parse_mount
 from aspenfs.cli.paths import StateDirectory
-from aspenfs.runtime import identity
+from aspenfs.runtime import identity, swap
+from aspenfs.runtime.backup.restoring import restore
 from aspenfs.runtime.control_command import Call
 from aspenfs.runtime.statedb import StateDb
+from aspenfs.runtime.system import SystemClock, SystemEntropy
 from tests.runtime.backed_up import a_backup
 from tests.runtime.controlled import Daemon, short_directory
 from tests.runtime.test_backup_recovering import a_survivor
@@ -255,3 +260,28 @@ def test_where_no_node_is_there_is_nothing_to_recover(tmp_path: Path) -> None:
         assert "no node here" in result.stderr
     assert not (tmp_path / "never").exists()
 
+
+
+def test_a_restore_killed_when_all_was_decided_is_finished_by_the_next_mount(
+    tmp_path: Path, whole: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "node"
+    target.mkdir()
+
+    def killed(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(swap, "carry_out", killed)
+        with pytest.raises(KeyboardInterrupt):
+            restore(io.BytesIO(whole), "b", target, name="demo", clock=SystemClock(), entropy=SystemEntropy())
+    assert identity.read(target) is None
+    (tmp_path / "mnt").mkdir()
+    options = parse_mount(
+        "demo", str(tmp_path / "mnt"), [f"state_dir={target}"], environ=os.environ, uid=os.geteuid()
+    )
+    assert mount._prepare_state(options).path == target
+    node = identity.read(target)
+    assert node is not None
+    assert node.name == "demo"
+    assert sorted(path.name for path in target.iterdir()) == ["blobs", "cluster.json", "lock", "state", "wal"]
