@@ -38,7 +38,7 @@ from aspenfs.fuse.operations import Operations, Presentation
 from aspenfs.fuse.session import serve
 from aspenfs.kv.commands import Command
 from aspenfs.kv.types import Event
-from aspenfs.runtime import identity, metrics, peer_settings
+from aspenfs.runtime import identity, metrics, peer_settings, swap
 from aspenfs.runtime.backup.writing import OnlineBackup
 from aspenfs.runtime.blob_replication.durable import GroupSync
 from aspenfs.runtime.blob_replication.replicator import BlobReplicator
@@ -51,6 +51,7 @@ from aspenfs.runtime.host import NodeStore
 from aspenfs.runtime.lags import Lags
 from aspenfs.runtime.members import Members
 from aspenfs.runtime.peering import Peering, Switch
+from aspenfs.runtime.peers import credentials
 from aspenfs.runtime.reserve import Reserve
 from aspenfs.runtime.snapshots.server import SnapshotServer, digest_of_state
 from aspenfs.runtime.system import SystemClock, SystemEntropy
@@ -77,6 +78,8 @@ class Node:
         self.options, self.directory = options, directory
         self.clock = clock = SystemClock()
         disk = RealDisk(directory.path)
+        swap.recover(disk)  # before anything is read: it may give way to something else
+        credentials.load(directory.path)  # who has lost its log hears that first
         incarnation = identity.begin_incarnation(directory.path)
         self.blobs = BlobStore.open(disk)
         self.store = NodeStore.open(
@@ -138,6 +141,7 @@ class Node:
         self.catching_up = CatchingUp(store, switch, path)
         self.snapshots = SnapshotServer(store.state, entropy, lambda: _free_bytes(path))
         self.snapshots.register(switch)
+        self.blob_sync = GroupSync(self.blobs.sync, lambda: self.blobs.dirty)
         self.replicator = replicator = BlobReplicator(
             self.blobs,
             store,
@@ -145,13 +149,20 @@ class Node:
             lambda: consensus.replica.raft.configuration,
             NodeId(store.node_id),
             clock,
-            sync=GroupSync(self.blobs.sync, lambda: self.blobs.dirty),
+            sync=self.blob_sync,
             leads=lambda: consensus.leading,
             refusal=lambda: store.refusal,
         )
+        self.members.lacking = self._lacking
         store.before_propose = replicator.before_propose
         store.observe(replicator.observe)
         store.replaced.append(replicator.state_replaced)
+
+    async def _lacking(self, node: int) -> tuple[int, bool]:
+        if node == self.store.node_id:
+            status = self.replicator.status()
+            return status.missing, status.walked == 1.0
+        return await self.replicator.lacking(NodeId(node))
 
     # --- ports that the floors below are given ---
 
@@ -234,7 +245,7 @@ class Node:
                     options.mountpoint,
                     options.fuse_options(),
                     spin_us=SPIN_US if options.spin_us is None else options.spin_us,
-                    hush=lambda: self.store.syncing,
+                    hush=lambda: self.store.syncing or self.blob_sync.busy,
                     notifier=self.notifier,
                     ready=ready,
                     stop=self.stop,

@@ -10,7 +10,7 @@ Changes are made by the leader; another node hands them on to it (`member.change
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import msgpack
@@ -75,6 +75,8 @@ class Members:
         self._store, self._consensus = store, consensus
         self.changed: list[Callable[[], object]] = []  # called when rows or configuration have changed
         self.requests: Requests | None = None
+        # How many chunks of files a node lacks, and whether that is all (`BlobReplicator.lacking`).
+        self.lacking: Callable[[int], Awaitable[tuple[int, bool]]] | None = None
         store.observe(self._observe)
         consensus.configuration_changed.append(lambda _: self._tell())
 
@@ -177,6 +179,7 @@ class Members:
             raise errors.InvalidArgument(f"node {node} is {self.role(node)}, not a learner")
         if not self._caught_up(node):
             raise errors.Busy(f"node {node} has not caught up yet: it will be promoted when it has")
+        await self._check_complete(node)
         await self._change(ChangeKind.ADD_VOTER, node)
         await self._write(node, state="member", promote=False)
 
@@ -197,6 +200,7 @@ class Members:
         configuration = self.configuration
         if configuration.voters == (node,):
             raise errors.InvalidArgument("the only voter cannot be removed")
+        await self._check_rest(node)
         if self.role(node) != "none":
             await self._change(ChangeKind.REMOVE, node)
         await self._write(node, state="removed", promote=False)
@@ -299,6 +303,26 @@ class Members:
                        "lead": self.lead}[act](node)  # fmt: skip
             case _:
                 raise errors.InvalidArgument("not a change of members")
+
+    # --- copies of chunks ---
+
+    async def _check_complete(self, node: int) -> None:
+        """A majority must hold every chunk that is named, also when its members change (docs/design/blobs.md).
+        Busy: chunks are missing on `node`, or it does not know yet."""
+        if self.lacking is not None:
+            missing, all_known = await self.lacking(node)
+            if missing or not all_known:
+                raise errors.Busy(f"node {node} is still fetching {missing or 'the'} chunks of files")
+
+    async def _check_rest(self, leaving: int) -> None:
+        """Before a voter leaves that may be the only one with some chunk: those that stay have all of them.
+        One that does not answer any more has nothing to give."""
+        progress = self._consensus.replica.raft.progress().get(leaving)
+        if not self.is_voter(leaving) or progress is None or not progress.active:
+            return
+        for node in self.configuration.voters:
+            if node != leaving:
+                await self._check_complete(node)
 
     # --- learners that have caught up ---
 
