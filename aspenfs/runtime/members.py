@@ -307,8 +307,8 @@ class Members:
     # --- copies of chunks ---
 
     async def _check_complete(self, node: int) -> None:
-        """A majority must hold every chunk that is named, also when its members change (docs/design/blobs.md).
-        Busy: chunks are missing on `node`, or it does not know yet."""
+        """A majority must hold every chunk that is named, also when it changes (docs/design/blobs.md). Busy:
+        chunks are missing on `node`, or it does not know yet."""
         if self.lacking is not None:
             missing, all_known = await self.lacking(node)
             if missing or not all_known:
