@@ -27,7 +27,7 @@ from aspenfs.runtime.peers.join import join as ask_to_join
 from aspenfs.runtime.peers.tickets import Ticket
 from aspenfs.runtime.system import SystemClock, SystemEntropy
 
-_ASK_S = 20.0  # in all, while the cluster does not answer: it may be electing a leader
+_ASK_S = 10.0  # in all, while the cluster does not answer: it may be electing a leader
 _PATIENCE_S = 60.0  # without getting any nearer
 _LOOK_S = 0.2
 # A cluster that says one of these may say yes a little later.

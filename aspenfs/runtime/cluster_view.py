@@ -4,13 +4,13 @@ Belongs here: what `aspen status`, `aspen member list` and `cluster/` tell alike
 (`members.py`), figures of this node alone (`store_status.py`), words on a terminal (`cli/`).
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, Final, NamedTuple
 
 from aspenfs.cluster.types import Configuration
 from aspenfs.runtime.lags import Lags
-from aspenfs.runtime.members import Members
-from aspenfs.runtime.peers.network import PeerNetwork
+from aspenfs.runtime.members import Member, Members
+from aspenfs.runtime.peers.network import REMOVED, PeerNetwork
 
 _NS_PER_S: Final = 1_000_000_000
 _DAY_S: Final = 86_400
@@ -60,7 +60,7 @@ def member_rows(members: Members, lags: Lags, network: PeerNetwork | None, own: 
             "since_ns": None, "cause": "",
         }  # fmt: skip
         if node == own:
-            row["state"] = "here"
+            row["state"] = "removed" if _was_removed(member, row["role"], network, nodes) else "here"
         elif member is not None and member.state == "removed":
             row["state"] = "removed"
         elif node in connected:
@@ -69,6 +69,18 @@ def member_rows(members: Members, lags: Lags, network: PeerNetwork | None, own: 
             row["since_ns"], row["cause"] = error.since_ns, error.cause
         rows.append(row)
     return rows
+
+
+def _was_removed(
+    own: Member | None, role: str, network: PeerNetwork | None, others: Iterable[int]
+) -> bool:
+    """Whether this node was: it may have been cut off before its row came to say so."""
+    if own is None or role != "none":
+        return False
+    if own.state != "joining":
+        return True
+    causes = (network.peer_error(node) for node in others) if network is not None else ()
+    return any(error is not None and REMOVED in error.cause for error in causes)
 
 
 class Quorum(NamedTuple):

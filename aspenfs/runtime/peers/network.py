@@ -33,6 +33,7 @@ from aspenfs.seams import Clock, Entropy
 
 log = logging.getLogger(__name__)
 
+REMOVED = "was removed from the cluster"  # so that who is told so knows it
 BULK_KINDS = ("blob.", "snapshot.")  # requests whose answers are long
 
 _SAME_MAX = 4  # connections of one peer and kind
@@ -312,8 +313,8 @@ class PeerNetwork:
         if member is None:
             raise PeerRefused(f"node {peer} is not among the members that node {self.node_id} knows")
         if member.state == "removed":
-            raise PeerRefused(f"node {peer} was removed from the cluster: empty its state directory and join "
-                              "again with a new ticket")  # fmt: skip
+            raise PeerRefused(f"node {peer} {REMOVED}: empty its state directory and join again with a new "
+                              "ticket")  # fmt: skip
         if member.born and member.born != born:
             raise IdentityLost(f"the log of node {peer} is not the one that it had when it became a member: "
                                "its disk was replaced; remove the member and join again with a new ticket")
