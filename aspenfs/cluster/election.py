@@ -118,15 +118,30 @@ class Election(Leading):
             grant = up_to_date and (free or message.term > self.term)
             term = message.term if grant else self.term
             # It promises nothing, so nothing needs to be on disk.
-            self._messages.append(Message(_PRE_VOTE_RESP, sender, self.node_id, term, reject=not grant))
+            self._messages.append(self._vote_answer(_PRE_VOTE_RESP, sender, term, grant))
             return
         grant = up_to_date and free
         if grant:
             self._vote = sender
             self._election_elapsed = 0
-        self._messages_after_sync.append(
-            Message(_VOTE_RESP, sender, self.node_id, self.term, reject=not grant)
-        )
+        self._messages_after_sync.append(self._vote_answer(_VOTE_RESP, sender, self.term, grant))
+
+    def _vote_answer(self, kind: MessageType, to: int, term: int, grant: bool) -> Message:
+        """A refusal tells what is committed here: index in `commit`, its term in `log_term`.
+
+        The candidate may not know of a change of the configuration which makes that it does not need this
+        vote. Whom the change has left without a vote does not stand for election, and if its log is longer
+        it votes for nobody: without this they would wait for each other for ever. (raft-rs does the same.)
+        """
+        if grant:
+            return Message(kind, to, self.node_id, term)
+        index = self.log.committed
+        return Message(kind, to, self.node_id, term, self.log.term_at(index) or 0, commit=index, reject=True)
+
+    def _learn_from_refusal(self, message: Message) -> None:
+        """What is committed is so for ever, whatever the terms of those who talk about it."""
+        if self.role is not LEADER and self.log.matches(message.commit, message.log_term):
+            self.log.commit_to(message.commit)
 
     def _on_timeout_now(self) -> None:
         """The leader hands over. No pre-vote: it would be refused, as the leader lives (dqlite/raft #203)."""

@@ -118,6 +118,8 @@ class Raft(Following):
         """A message of another node, which is who it says it is. Any may be lost, late, or come twice."""
         if message.to != self.node_id or message.sender == self.node_id:
             return
+        if message.reject and message.commit:
+            self._learn_from_refusal(message)
         if message.term != self.term and not self._settle_term(message):
             return
         kind = message.type
@@ -169,7 +171,7 @@ class Raft(Following):
             # would leave things so: the leader does not hear of the term, and this node can not be elected.
             self._send(_APP_RESP, message.sender)
         elif kind is _PRE_VOTE:
-            self._send(_PRE_VOTE_RESP, message.sender, reject=True)
+            self._messages.append(self._vote_answer(_PRE_VOTE_RESP, message.sender, self.term, grant=False))
         return False
 
     def _step_leader(self, kind: MessageType, message: Message) -> None:
