@@ -41,6 +41,8 @@ RENEW, KEYS, STATE = "ca.renew", "ca.keys", "ca.state"
 
 T = TypeVar("T")
 
+_chance = random.Random()  # own: nobody else's seed makes nodes act in step
+
 _RETRY_S = 0.5  # at first, then twice as long each time
 _ASK_S = PROPOSAL_TIMEOUT_MS / 1000
 
@@ -195,7 +197,7 @@ class Keeper:
                     if str(error) != complaint:
                         complaint = str(error)
                         log.info("ca: not up to date yet: %s", complaint)
-                with trio.move_on_after(pause_s * random.uniform(0.5, 1.0)):
+                with trio.move_on_after(pause_s * _chance.uniform(0.5, 1.0)):
                     await self._stirred.wait()
 
     async def _watch_row(self) -> None:
@@ -297,7 +299,7 @@ class Keeper:
         """What `read` makes of the answer of the first voter that gives one for which it raises nothing."""
         voters = [peer for peer in self._network.connected() if self._cluster.is_voter(peer)]
         failure: AspenError = errors.PeerUnreachable("no voter is connected")
-        for peer in random.sample(voters, len(voters)):
+        for peer in _chance.sample(voters, len(voters)):
             try:
                 return read(await self._network.request(peer, kind, body, timeout_s=_ASK_S))
             except AspenError as error:

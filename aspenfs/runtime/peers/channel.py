@@ -16,6 +16,7 @@ import trio
 from aspenfs.errors import AspenError, ProtocolError
 from aspenfs.limits import PEER_BATCH_BYTES, PEER_FRAME_BYTES_MAX, PEER_IDLE_MS, PEER_PING_MS
 from aspenfs.runtime.peers import frames
+from aspenfs.runtime.peers.frames import Parts
 from aspenfs.runtime.peers.stream import Broken, TlsStream
 
 _JOIN_BYTES: Final = 64 * 1024  # smaller pieces are copied together, for fewer records
@@ -30,7 +31,7 @@ class Channel:
         self.stream = stream
         self.cause = ""
         self.queued_bytes = 0
-        self._frames: deque[bytes] = deque()
+        self._frames: deque[Parts] = deque()
         self._messages: deque[bytes] = deque()
         self._filled, self._drained = trio.Event(), trio.Event()
         self._scope = trio.CancelScope()
@@ -40,9 +41,9 @@ class Channel:
 
     # --- sending ---
 
-    def push(self, frame: bytes) -> None:
+    def push(self, *frame: bytes) -> None:
         self._frames.append(frame)
-        self.queued_bytes += len(frame)
+        self.queued_bytes += sum(map(len, frame))
         self._filled.set()
 
     def push_message(self, packed: bytes) -> None:
@@ -81,9 +82,10 @@ class Channel:
             size += len(batch[-1])
         if batch:
             parts.append(frames.encode_messages(batch))
-        while self._frames and (not parts or size + len(self._frames[0]) <= PEER_BATCH_BYTES):
-            parts.append(self._frames.popleft())
-            size += len(parts[-1])
+        while self._frames and (not parts or size + sum(map(len, self._frames[0])) <= PEER_BATCH_BYTES):
+            frame = self._frames.popleft()
+            parts += frame
+            size += sum(map(len, frame))
         if len(parts) > 1 and size <= _JOIN_BYTES:
             parts = [b"".join(parts)]
         return parts, size

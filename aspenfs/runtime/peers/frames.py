@@ -99,25 +99,27 @@ def encode_messages(messages: Sequence[bytes]) -> bytes:
     return b"%b%c%b%b%b" % (*head, payload)
 
 
-def encode_request(number: int, kind: str, body: Any) -> bytes:
-    frame = encode(Type.REQUEST, (number, kind, body))
-    _check_size(len(frame), "request", kind)
-    return frame
+Parts = tuple[bytes, ...]  # of one frame, in order: what is large is not copied to put a head before it
 
 
-def encode_answer(number: int, kind: str, body: Any) -> bytes:
-    frame = encode(Type.ANSWER, (number, body))
-    _check_size(len(frame), "answer", kind)
-    return frame
+def encode_request(number: int, kind: str, body: Any) -> Parts:
+    return _parts(Type.REQUEST, (number, kind, body), kind)
 
 
-def _check_size(size: int, what: str, kind: str) -> None:
-    if size > PEER_REQUEST_BYTES_MAX + 128:  # its number and kind are not counted
-        raise errors.TooLarge(f"a {what} {kind} of {size} bytes; the most is {PEER_REQUEST_BYTES_MAX}")
+def encode_answer(number: int, kind: str, body: Any) -> Parts:
+    return _parts(Type.ANSWER, (number, body), kind)
 
 
-def encode_failure(number: int, error: errors.AspenError) -> bytes:
-    return encode(Type.FAILURE, (number, encode_error(error)))
+def _parts(kind: Type, value: Any, name: str) -> Parts:
+    payload = pack(value)
+    if len(payload) > PEER_REQUEST_BYTES_MAX + 128:  # its number and kind are not counted
+        what = f"{kind.name.lower()} {name}"
+        raise errors.TooLarge(f"a {what} of {len(payload)} bytes; the most is {PEER_REQUEST_BYTES_MAX}")
+    return b"%b%c" % ((len(payload) + 1).to_bytes(4, "big"), kind), payload
+
+
+def encode_failure(number: int, error: errors.AspenError) -> Parts:
+    return (encode(Type.FAILURE, (number, encode_error(error))),)
 
 
 def encode_refusal(error: errors.AspenError) -> bytes:

@@ -35,10 +35,13 @@ from aspenfs.runtime.peers import addresses, ca, frames
 from aspenfs.runtime.peers.addresses import Address
 from aspenfs.runtime.peers.ca import NodeName
 from aspenfs.runtime.peers.channel import Channel
-from aspenfs.runtime.peers.frames import Hello, LinkKind, Type, Welcome
+from aspenfs.runtime.peers.frames import Hello, LinkKind, Parts, Type, Welcome
 from aspenfs.runtime.peers.stream import Broken, TlsStream
 
 UNSENT_BYTES: Final = {LinkKind.MESSAGES: 128 * KIB, LinkKind.BULK: 1 * MIB}
+
+
+_chance = random.Random()  # own: nobody else's seed makes peers collide
 
 
 class LinkOwner(Protocol):
@@ -65,10 +68,10 @@ class LinkOwner(Protocol):
 class _Asked:
     """One request on its way."""
 
-    __slots__ = ("answer", "answered", "error", "size")
+    __slots__ = ("answer", "answered", "error")
 
-    def __init__(self, size: int) -> None:
-        self.size, self.answered = size, trio.Event()
+    def __init__(self) -> None:
+        self.answered = trio.Event()
         self.answer: Any = None
         self.error: AspenError | None = None
 
@@ -86,7 +89,7 @@ class Outgoing(Channel):
         self._asked_bytes = 0
         self._waiting = trio.lowlevel.ParkingLot()
         self._retired = False
-        self._renew_at = trio.current_time() + PEER_LINK_S_MAX * random.uniform(0.9, 1.0)
+        self._renew_at = trio.current_time() + PEER_LINK_S_MAX * _chance.uniform(0.9, 1.0)
 
     async def run(self) -> None:
         try:
@@ -100,21 +103,22 @@ class Outgoing(Channel):
 
     # --- requests ---
 
-    async def ask(self, number: int, frame: bytes) -> Any:
+    async def ask(self, number: int, frame: Parts) -> Any:
         """Sends a request, waits for its answer, returns it or raises the error that it is.
 
         Waits its turn while too many are under way. The caller brings the timeout: when this is
         cancelled, the other end is told that nobody waits any more.
         """
-        await self._await_turn(len(frame))
-        self._asked[number] = asked = _Asked(len(frame))
-        self._asked_bytes += len(frame)
-        self.push(frame)
+        size = sum(map(len, frame))
+        await self._await_turn(size)
+        self._asked[number] = asked = _Asked()
+        self._asked_bytes += size
+        self.push(*frame)
         try:
             await asked.answered.wait()
         finally:
             del self._asked[number]
-            self._asked_bytes -= len(frame)
+            self._asked_bytes -= size
             self._waiting.unpark()
             if not asked.answered.is_set():
                 self.push(frames.encode(Type.CANCEL, (number,)))
@@ -191,6 +195,7 @@ class Link:
     def __init__(self, owner: LinkOwner, peer: int, kind: LinkKind, clock: Callable[[], int]) -> None:
         self.peer, self.kind = peer, kind
         self.channel: Outgoing | None = None  # the one that is used
+        self.up = trio.Event()  # while there is one
         self._owner, self._clock = owner, clock
         self._hurry = trio.Event()
         self._good: Address | None = None  # the address that worked last
@@ -239,6 +244,7 @@ class Link:
 
     def _use(self, channel: Outgoing, nursery: trio.Nursery) -> None:
         former, self.channel = self.channel, channel
+        self.up.set()
         nursery.start_soon(self._run_channel, channel)
         if former is not None:
             former.retire()
@@ -247,13 +253,13 @@ class Link:
     async def _run_channel(self, channel: Outgoing) -> None:
         await channel.run()
         if self.channel is channel:
-            self.channel = None
+            self.channel, self.up = None, trio.Event()
             self._owner.link_down(self.peer, self.kind, channel.cause)
 
     async def _pause(self, pause_ms: float) -> None:
         """Half of it is random: peers that lost each other at the same time do not collide for ever."""
         self._hurry = trio.Event()
-        with trio.move_on_after(pause_ms * random.uniform(0.5, 1.0) / 1000):
+        with trio.move_on_after(pause_ms * _chance.uniform(0.5, 1.0) / 1000):
             await self._hurry.wait()
 
     # --- one attempt ---

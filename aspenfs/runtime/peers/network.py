@@ -113,11 +113,13 @@ class PeerNetwork:
         assert to != self.node_id, "a request to oneself"
         number = next(self._numbers)
         frame = frames.encode_request(number, kind, body)
-        bulk = kind.startswith(BULK_KINDS) or len(frame) > PEER_SMALL_REQUEST_BYTES
+        bulk = kind.startswith(BULK_KINDS) or sum(map(len, frame)) > PEER_SMALL_REQUEST_BYTES
         link = self._links.get((to, LinkKind.BULK if bulk else LinkKind.MESSAGES))
-        if link is None or link.channel is None:
-            raise PeerUnreachable(f"node {to} is not connected: {self._cause(to)}")
         with trio.move_on_after(timeout_s):
+            if link is not None and link.channel is None and to in self.connected():
+                await link.up.wait()  # it lives: the other link is a moment behind
+            if link is None or link.channel is None:
+                raise PeerUnreachable(f"node {to} is not connected: {self._cause(to)}")
             return await link.channel.ask(number, frame)
         raise PeerUnreachable(f"node {to} did not answer {kind} in {timeout_s:g} s")
 

@@ -35,7 +35,7 @@ from aspenfs.limits import (
 from aspenfs.runtime.peers import addresses, ca, frames
 from aspenfs.runtime.peers.ca import NodeName
 from aspenfs.runtime.peers.channel import Channel
-from aspenfs.runtime.peers.frames import Hello, Request, Type, Welcome
+from aspenfs.runtime.peers.frames import Hello, Parts, Request, Type, Welcome
 from aspenfs.runtime.peers.links import UNSENT_BYTES
 from aspenfs.runtime.peers.stream import Broken, TlsStream
 
@@ -132,16 +132,16 @@ class Incoming(Channel):
 
     async def _run_request(self, request: Request, scope: trio.CancelScope) -> None:
         number, kind, body = request
-        frame = b""
+        frame: Parts = ()
         try:
             with scope:
                 frame = await self._answer(number, kind, body)
         finally:
             del self._running[number]
         if frame:
-            self.push(frame)
+            self.push(*frame)
 
-    async def _answer(self, number: int, kind: str, body: Any) -> bytes:
+    async def _answer(self, number: int, kind: str, body: Any) -> Parts:
         handler = self._owner.handlers.get(kind)
         try:
             if handler is None:

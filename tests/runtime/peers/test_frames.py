@@ -12,7 +12,7 @@ from aspenfs import errors
 from aspenfs.cluster.messages import from_wire
 from aspenfs.limits import PEER_FRAME_BYTES_MAX, PEER_REQUEST_BYTES_MAX
 from aspenfs.runtime.peers import frames
-from aspenfs.runtime.peers.frames import Admitted, Hello, Join, LinkKind, Type, Welcome
+from aspenfs.runtime.peers.frames import Admitted, Hello, Join, LinkKind, Parts, Type, Welcome
 from tests.runtime.peers.nodes import message
 
 HELLO = Hello(LinkKind.BULK, b"c" * 16, (1 << 63) - 1, 7, (1 << 64) - 1)
@@ -20,7 +20,8 @@ JOIN = Join(b"c" * 16, b"s" * 20, b"csr", b"b" * 16, "node", ("a:1", "b:2"), Tru
 ADMITTED = Admitted(5, "demo", b"certificate", (b"ca", b"ca 2"), ((1, ("a:1",), b"b" * 16), (5, (), b"")))
 
 
-def payload(frame: bytes, kind: Type) -> memoryview:
+def payload(parts: bytes | Parts, kind: Type) -> memoryview:
+    frame = parts if isinstance(parts, bytes) else b"".join(parts)
     assert int.from_bytes(frame[:4], "big") == len(frame) - 4
     found, rest = frames.split(memoryview(frame)[4:])
     assert found == kind
@@ -107,9 +108,11 @@ def test_bytes_that_anybody_sent_are_read_or_refused(
         decode(memoryview(data))
 
 
-GOOD = [frames.encode_hello(HELLO), frames.encode_welcome(Welcome(3, 9)), frames.encode_request(7, "k", (1,)),
-        frames.encode_failure(3, errors.NotLeader("x", 7)), frames.encode_join(JOIN),
-        frames.encode_admitted(ADMITTED), frames.encode_authorities(b"c" * 16, [b"ca"])]  # fmt: skip
+GOOD: list[bytes] = [
+    frames.encode_hello(HELLO), frames.encode_welcome(Welcome(3, 9)), frames.encode_join(JOIN),
+    b"".join(frames.encode_request(7, "k", (1,))), *frames.encode_failure(3, errors.NotLeader("x", 7)),
+    frames.encode_admitted(ADMITTED), frames.encode_authorities(b"c" * 16, [b"ca"]),
+]  # fmt: skip
 
 
 @given(data=st.data())

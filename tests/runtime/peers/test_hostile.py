@@ -460,7 +460,7 @@ def test_msgpack_made_to_harm_ends_the_connection(target: Target, kind: Type, pa
 
 
 def test_a_frame_that_is_cut_off_ends_with_its_connection(target: Target) -> None:
-    frame = frames.encode_request(1, "echo", bytes(200_000))
+    frame = b"".join(frames.encode_request(1, "echo", bytes(200_000)))
     for size in (1, 4, 5, 100, 70_000, len(frame) - 1):
         with target.greeted() as tls:
             send(tls, frame[:size])
@@ -471,7 +471,7 @@ def test_a_frame_that_is_cut_off_ends_with_its_connection(target: Target) -> Non
 def test_a_member_that_asks_too_much_at_once_is_cut_off(target: Target) -> None:
     with target.greeted() as tls:
         for number in range(200):
-            send(tls, frames.encode_request(7 if number > 20 else number, "echo", 1))
+            send(tls, b"".join(frames.encode_request(7 if number > 20 else number, "echo", 1)))
         until_closed(tls)
 
 
@@ -487,7 +487,7 @@ def test_a_member_that_does_not_read_its_answers_is_cut_off(target: Target) -> N
         tls.settimeout(3)
         try:
             for number in range(500):
-                tls.sendall(frames.encode_request(number, "echo", bytes(1 << 20)))
+                tls.sendall(b"".join(frames.encode_request(number, "echo", bytes(1 << 20))))
         except OSError:
             pass
         else:
