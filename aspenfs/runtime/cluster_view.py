@@ -74,10 +74,10 @@ def member_rows(members: Members, lags: Lags, network: PeerNetwork | None, own: 
 def _was_removed(
     own: Member | None, role: str, network: PeerNetwork | None, others: Iterable[int]
 ) -> bool:
-    """Whether this node was: it may have been cut off before its row came to say so."""
-    if own is None or role != "none":
+    """Whether this node was: it may have been cut off before it got to know that itself."""
+    if own is None:
         return False
-    if own.state != "joining":
+    if own.state != "joining" and role == "none":
         return True
     causes = (network.peer_error(node) for node in others) if network is not None else ()
     return any(error is not None and REMOVED in error.cause for error in causes)

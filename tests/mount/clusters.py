@@ -156,7 +156,7 @@ class Node(Mount):
         self.paused = False
 
     def close(self) -> None:
-        self.resume()
+        self.kill()  # umount would wait for a majority, which may have gone before
         super().close()
         for process in self.left:
             process.communicate(timeout=COMMAND_S)

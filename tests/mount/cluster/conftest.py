@@ -1,21 +1,35 @@
-"""Three real nodes for the tests in this directory: one cluster for all that leave it as it was."""
+"""Real nodes for the tests in this directory: one cluster of three for all, healthy before and after each.
+
+Two more places in its network are free, for nodes that are not members (yet).
+"""
 
 from collections.abc import Iterator
 
 import pytest
 
-from tests.mount.clusters import Cluster
+from tests.mount.clusters import Cluster, Node
+from tests.mount.networks import Network, usable_network
+
+NODES = 3
+PLACES = 5
 
 
 @pytest.fixture(scope="package")
-def shared_cluster() -> Iterator[Cluster]:
-    with Cluster(3) as cluster:
+def network() -> Iterator[Network]:
+    network = usable_network(PLACES)
+    yield network
+    network.close()
+
+
+@pytest.fixture(scope="package")
+def shared_cluster(network: Network) -> Iterator[Cluster]:
+    with Cluster(NODES, network=network) as cluster:
         yield cluster.start()
 
 
 @pytest.fixture
 def cluster(shared_cluster: Cluster) -> Iterator[Cluster]:
-    """The shared cluster, healthy, with a deadline for this test; healthy again after it, nodes alike."""
+    """The shared cluster, with a deadline for this test; afterwards it is mended, and its nodes are alike."""
     shared_cluster.extend()
     yield shared_cluster
     shared_cluster.extend()
@@ -26,7 +40,20 @@ def cluster(shared_cluster: Cluster) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def own_cluster() -> Iterator[Cluster]:
-    """Three nodes of the test's own, none of which has been made yet."""
-    with Cluster(3) as cluster:
-        yield cluster
+def stranger(network: Network) -> Iterator[Node]:
+    """A node with nothing on its disk, at a place in the network of the cluster. It is for the test to end
+    its membership, if it gets one."""
+    node = Node(NODES + 1, network, deadline_s=100)
+    try:
+        yield node
+    finally:
+        node.close()
+
+
+@pytest.fixture
+def another(network: Network) -> Iterator[Node]:
+    node = Node(NODES + 2, network, deadline_s=100)
+    try:
+        yield node
+    finally:
+        node.close()
