@@ -483,12 +483,14 @@ class NodeStore:
 
     def _accept(self, index: int, encoded: bytes, outcome: Outcome, origin: object) -> None:
         """Into the log, then visible. NoSpace and an EIO of the write itself leave no trace."""
+        term = self._replica.raft.term
         try:
-            self._wal.append(_ENTRY, self._replica.raft.term, index, encoded)
+            self._wal.append(_ENTRY, term, index, encoded)
         except SyncFailed as error:
             self._fail(error)
             raise
         try:
+            self.consensus.note_term(index, term)
             self._replica.accept(_ENTRY, encoded)
             self.engine.accept(index, outcome, origin)
         except BaseException as error:

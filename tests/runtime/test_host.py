@@ -13,6 +13,7 @@ from aspenfs.kv import commands
 from aspenfs.kv.commands import Command
 from aspenfs.kv.types import absent, put
 from aspenfs.limits import HISTORY_REVISIONS, TXN_OPS_MAX
+from aspenfs.runtime.consensus import META_TERM
 from aspenfs.runtime.host import NodeStore
 from aspenfs.runtime.system import SystemClock, SystemEntropy
 from tests.runtime.host_driver import hash_of, load, open_store, running, until
@@ -370,5 +371,23 @@ def test_status_has_the_indices_in_order(tmp_path: Path) -> None:
             await store.committed()
             assert store.status()["durable"] == 49
         store.close()
+
+    trio.run(main)
+
+
+def test_the_state_keeps_the_term_of_its_last_entry(tmp_path: Path) -> None:
+    """Of a node that is alone, too: from it others get a snapshot, and go on with the log behind it."""
+
+    async def main() -> None:
+        for life in (1, 2):
+            store = open_store(tmp_path)
+            await store.txn([], [put(b"f/a", b"1")])
+            await store.committed()
+            store.apply()
+            last = list(store._wal.replay(store.revision))[-1]
+            stored = store.state.meta(META_TERM)
+            assert stored == last.term.to_bytes(8, "big") == life.to_bytes(8, "big")
+            assert store.consensus.term_at(store.revision) == last.term
+            store.close()
 
     trio.run(main)
