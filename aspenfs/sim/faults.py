@@ -20,11 +20,12 @@ from typing import Final
 from aspenfs import errors
 from aspenfs.cluster.membership import Change, ChangeKind, ConfigurationChange, Transition
 from aspenfs.cluster.types import Configuration
+from aspenfs.runtime.wal_recovery import recover
 from aspenfs.sim import network
 from aspenfs.sim.clock import DRIFT_PPM_MAX
 from aspenfs.sim.cluster import Cluster
 from aspenfs.sim.invariants import majority
-from aspenfs.sim.node import Machine, Process
+from aspenfs.sim.node import CLUSTER_ID, Machine, Process
 from aspenfs.sim.scheduler import MS, SECOND, Streams, log_uniform
 
 KINDS: Final = (
@@ -96,6 +97,7 @@ class Faults:
             machine.stall_until_ns = 0
             machine.crash_in = None
             if machine.process is not None:
+                machine.process.end_stall()
                 machine.process.resume()
             machine.start()
 
@@ -303,15 +305,22 @@ class Faults:
         machine = process.machine
         machine.down(power=False)
         machine.disk.restart()
-        name = rng.choice([one for one in machine.disk.list("wal") if one.endswith(".wal")])
-        used = machine.disk.open(f"wal/{name}")
-        size = used.size()
-        # Most of a segment is not yet written: aim at what is.
-        at, bit = rng.randrange(min(size, len(used.pread(size, 0).rstrip(b"\0")) + 1)), rng.randrange(8)
-        machine.disk.flip(f"wal/{name}", at, bit)
+        # Behind the last place that the log itself calls durable, damage looks like a torn tail (wal.md).
+        found = recover(machine.disk, "wal", CLUSTER_ID)
+        found.close()
+        number, offset = found.synced
+        ends = [(one.name, offset if one.number == number else one.end)
+                for one in found.segments if one.number <= number]  # fmt: skip
+        if ends:
+            name, end = rng.choice(ends)
+            at, bit = rng.randrange(end), rng.randrange(8)
+            machine.disk.flip(f"wal/{name}", at, bit)
+            machine.flipped = True
+            words = f"node {machine.node} {name} at {at} bit {bit}"
+        else:
+            words = f"node {machine.node}, which has no log yet"
         machine.disk.kill()
-        machine.flipped = True
-        return f"node {machine.node} {name} at {at} bit {bit}"
+        return words
 
     def _wipe(self, rng: random.Random) -> str:
         """A disk is lost. A node without it must not come back under its id: a new one joins."""

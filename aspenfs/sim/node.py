@@ -40,6 +40,7 @@ from aspenfs.sim.clock import SimClock
 from aspenfs.sim.disk import SimDisk, SimulatedCrash
 from aspenfs.sim.invariants import Violation
 from aspenfs.sim.scheduler import MS, SECOND, Streams
+from aspenfs.sim.scheduler import Event as Planned
 from aspenfs.sim.state import Image, SimState
 from aspenfs.sim.threads import Signal, SyncThread, Task
 
@@ -173,6 +174,7 @@ class Process(Consensus):
         self._deferred: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._sync_number = 0  # of the sync under way: what comes late from an earlier one is ignored
         self._sync_again = False
+        self._platters: Planned | None = None  # when it is done
         self._when_committed: list[tuple[int, Callable[[], object]]] = []
         self.deaths: list[Callable[[], object]] = []  # called when the process ends
         self.tasks: list[Task] = []
@@ -379,9 +381,15 @@ class Process(Consensus):
         machine = self.machine
         if machine.thread.busy:
             due = max(self.scheduler.now_ns + self.cluster.sync_ns(), machine.stall_until_ns)
-            self.scheduler.at(due, lambda: self._platters_done(number, ticket), "disk")
+            self._platters = self.scheduler.at(due, lambda: self._platters_done(number, ticket), "disk")
         else:
             self.scheduler.after(0, lambda: self.do(self._sync_ended, number, ticket), "synced")
+
+    def end_stall(self) -> None:
+        """A sync that hangs ends now."""
+        if self._platters is not None and self._platters.action is not None:
+            self.scheduler.at(self.scheduler.now_ns, self._platters.action, "disk")
+            self._platters.cancel()
 
     def _platters_done(self, number: int, ticket: int) -> None:
         if self.alive and number == self._sync_number:
