@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from aspenfs import errors
@@ -240,9 +241,9 @@ class Cluster:
 
     def revive(self) -> None:
         self.mend()
-        for node in self:
-            if not node.lives:
-                node.start()
+        dead = [node for node in self if not node.lives]
+        with ThreadPoolExecutor(len(self)) as pool:  # one alone would wait for a majority
+            list(pool.map(Node.start, dead))
 
     # --- looking ---
 

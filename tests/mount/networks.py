@@ -55,11 +55,11 @@ class Network(ABC):
     def close(self) -> None: ...
 
 
-def usable_network(nodes: int) -> Network:
+def usable_network(nodes: int, *, whole: bool = False) -> Network:
     """Hosts where the kernel lets us have them, else the proxy. ASPEN_TEST_NETWORK=proxy wants the proxy."""
     if os.environ.get("ASPEN_TEST_NETWORK") == "proxy" or not namespaces_work():
         return ProxyNetwork(nodes)
-    return HostNetwork(nodes)
+    return HostNetwork(nodes, whole=whole)
 
 
 def namespaces_work() -> bool:

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.mount
 
 def steps() -> list[tuple[str, str]]:
     """(command, expected output) of each `$ ` line of the session."""
-    blocks = re.findall(r"```console\n(.*?)```", README.read_text(), re.DOTALL)
+    # Those with the name of a host before the $ are for tests/mount/cluster/test_readme.py.
+    blocks = re.findall(r"```console\n(\$ .*?)```", README.read_text(), re.DOTALL)
     found: list[tuple[str, str]] = []
     for line in "".join(blocks).splitlines():
         if line.startswith("$ "):
