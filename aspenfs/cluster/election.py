@@ -140,8 +140,10 @@ class Election(Leading):
 
     def _learn_from_refusal(self, message: Message) -> None:
         """What is committed is so for ever, whatever the terms of those who talk about it."""
-        if self.role is not LEADER and self.log.matches(message.commit, message.log_term):
-            self.log.commit_to(message.commit)
+        if self.role is LEADER or not self.log.matches(message.commit, message.log_term):
+            return
+        if self.log.commit_to(message.commit) and self.role is not FOLLOWER and not self._may_campaign:
+            self._become_follower(self.term, NOBODY)  # it stands with a configuration of the past
 
     def _on_timeout_now(self) -> None:
         """The leader hands over. No pre-vote: it would be refused, as the leader lives (dqlite/raft #203)."""

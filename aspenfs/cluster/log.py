@@ -96,8 +96,8 @@ class RaftLog:
 
     @property
     def unapplied_bytes(self) -> int:
-        """Of what is committed: it waits for nobody but this node."""
-        return self.bytes_between(self.applied, self.committed)
+        """Of what is committed and durable here: it waits for nobody but the owner."""
+        return self.bytes_between(self.applied, max(self.applied, min(self.committed, self.persisted)))
 
     def index_of_tail(self, size: int) -> int:
         """The index behind which the log has at most `size` bytes."""

@@ -8,7 +8,7 @@ means to who gets it (`raft.py`), framing and links (`runtime/peers/`). Names ar
     APP_RESP        -> leader            index: all up to it are on disk here; or reject: index is the one
                                          refused, reject_hint and log_term an entry that may agree
     VOTE, PRE_VOTE  candidate -> voters  index, log_term: of its last entry; context: CAMPAIGN_TRANSFER or b""
-    …_RESP          -> candidate         reject
+    …_RESP          -> candidate         reject, and then commit, and log_term of that entry
     SNAP            leader -> all        snapshot: to be fetched
     HEARTBEAT       leader -> all        commit; context: a round of reads, or nothing
     HEARTBEAT_RESP  -> leader            context as asked; index: of the snapshot being fetched, or 0
@@ -93,10 +93,9 @@ def from_wire(value: object) -> Message:
         raise errors.InvalidArgument("a message needs to, sender and term")
     if type(reject) is not bool or type(context) is not bytes or len(context) > RAFT_CONTEXT_BYTES_MAX:
         raise errors.InvalidArgument("a message with a bad reject or context")
-    if type(entries) is not tuple and type(entries) is not list:
+    if not isinstance(entries, (tuple, list)):
         raise errors.InvalidArgument("entries are an array")
-    if entries:
-        entries = _read_entries(kind, entries, index, log_term, term)
+    entries = _read_entries(kind, entries, index, log_term, term) if entries else ()
     if (snapshot is not None) is not (kind is MessageType.SNAP):
         raise errors.InvalidArgument("SNAP has a snapshot, and nothing else has")
     if snapshot is not None:
@@ -116,7 +115,7 @@ def _read_entries(kind: MessageType, values: tuple[object, ...] | list[object], 
     expected, least = index, log_term
     entries = []
     for value in values:
-        if (type(value) is not tuple and type(value) is not list) or len(value) != 4:
+        if not isinstance(value, (tuple, list)) or len(value) != 4:
             raise errors.InvalidArgument("an entry is an array of 4")
         entry_term, entry_index, entry_kind, data = value
         if type(entry_term) is not int or type(entry_index) is not int or type(entry_kind) is not int:

@@ -43,6 +43,17 @@ class Checker:
         if raft.role is Role.LEADER:
             self._check_leader(node)
 
+    def crashed(self, node: "Node") -> None:
+        """A term that its disk does not know never was: an only voter may lead it again, for nobody, as
+        `sent` checks, has heard of it."""
+        term = node.raft.term
+        if node.disk.durable.hard_state.term < term and self._leaders.get(term) == node.node_id:
+            del self._leaders[term]
+            self._led.discard((node.node_id, term))
+            self._lengths.pop((node.node_id, term), None)
+            self._leases.pop((node.node_id, term), None)
+            self._entries = {key: entry for key, entry in self._entries.items() if key[1] != term}
+
     def _check_log(self, node: "Node") -> None:
         """Log matching: an entry of one index and term is one entry, and so is all before it."""
         log = node.raft.log

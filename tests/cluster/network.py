@@ -190,6 +190,7 @@ class Node:
         assert self.up
         self.up = False
         self.disk.crash(kept)
+        self.cluster.checker.crashed(self)
         self._after_sync.clear()
         self.fetching = None
         self.reads.clear()
@@ -385,17 +386,28 @@ class Cluster:
 
     def settle(self) -> None:
         """Until nobody has anything to do, but for the passing of time and the fetching of snapshots."""
-        busy = True
-        while busy:
-            busy = False
-            for node in self.running:
-                busy |= node.pump()
-                if node.unsynced:
-                    node.sync()
-                    busy = True
-            for _ in range(len(self.mail)):
-                self.deliver(self.mail.popleft())
+        rounds = 0
+        while self.round():
+            rounds += 1
+            assert rounds < 5_000, "messages go to and fro without end"
+
+    def round(self, deliveries: int | None = None) -> bool:
+        """Everybody does what there is and syncs, then messages arrive. Whether there was anything."""
+        busy = False
+        for node in self.running:
+            busy |= node.pump()
+            if node.unsynced:
+                node.sync()
                 busy = True
+        for _ in range(len(self.mail) if deliveries is None else min(deliveries, len(self.mail))):
+            self.deliver(self.mail.popleft())
+            busy = True
+        return busy
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Message by message, and no further than `condition`."""
+        while not condition():
+            assert self.round(1), "nothing happens any more"
 
     def pump(self) -> None:
         """Everybody carries out what there is, without syncs and deliveries."""
