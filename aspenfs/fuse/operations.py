@@ -4,16 +4,21 @@ Belongs here: translation between pyfuse3's objects and ours, and what is a matt
 mapping, timeouts, -o sync). Not here: any rule about files.
 """
 
+import contextlib
 import errno
 import functools
 import logging
+import mmap
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import pyfuse3
+import trio
 
 from aspenfs import errors
 from aspenfs.fuse import loop
+from aspenfs.fuse.dirents import fills_its_pages
 from aspenfs.fuse.requests import OPENDIR, Requests
 from aspenfs.limits import KIB, NAME_BYTES_MAX
 from aspenfs.vfs.coherence import SHARED_TIMEOUT_S, Validity
@@ -83,6 +88,7 @@ class Operations(pyfuse3.Operations):
         self.enable_acl = acl
         self.directories_without_open = directories_without_open
         self.requests = Requests(loop.serving)
+        filesystem.listings.unfit = partial(fills_its_pages, page_bytes=mmap.PAGESIZE)
         self.fs, self.show = filesystem, presentation
         self.plain = presentation._replace(sync=False) == Presentation()
         self._negative: dict[float, pyfuse3.EntryAttributes] = {}
@@ -293,21 +299,36 @@ class Operations(pyfuse3.Operations):
     @answers
     async def readdir(self, fh: int, start_id: int, token: Any) -> None:
         inode, size = (fh, READDIR_BYTES) if fh else self.requests.directory(start_id)
+        if await self._list(inode, start_id, size, token):
+            return
+        # At this answer the kernel takes all that readers up to here were given for the whole, and keeps it.
+        if not self.fs.ended(inode, start_id) and not fh:
+            with contextlib.suppress(OSError):
+                await trio.to_thread.run_sync(pyfuse3.invalidate_inode, inode, abandon_on_cancel=True)
+
+    async def _list(self, inode: int, start_id: int, size: int, token: Any) -> bool:
+        """Gives entries behind a position, as many as there is room for; False: there are none."""
         fs, reply, attributes = self.fs, pyfuse3.readdir_reply, self._attributes
+        given = False
         for at, (child, tree, name, attr) in enumerate(await fs.dots(inode) if start_id < DOTS else ()):
             # The kernel makes no use of the attributes of these two, and counts no lookup.
-            if at >= start_id and not reply(token, name, attributes(child, tree, attr), at + 1):
-                return
+            if at >= start_id:
+                given = True
+                if not reply(token, name, attributes(child, tree, attr), at + 1):
+                    return True
         position = start_id
         while listed := await fs.names(inode, position, size // DIRENTPLUS_BYTES_MIN + 1):
             found = await fs.listed(inode, [name for name, _ in listed])
             for (name, position), entry in zip(listed, found, strict=True):
                 if entry is None:
-                    continue  # it went
+                    fs.passed_over(inode)
+                    continue
                 child, tree, attr = entry
                 if not reply(token, name, attributes(child, tree, attr), position):
-                    return
+                    return True
+                given = True
                 fs.remember(child)  # it came with attributes, so it counts as a lookup
+        return given
 
     @answers
     async def fsyncdir(self, fh: int, datasync: bool) -> None:

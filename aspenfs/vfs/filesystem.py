@@ -365,8 +365,8 @@ class FileSystem:
         tree, node = self.locate(ino)
         return await self.listings.after(tree, node, position, limit)
 
-    def ended(self, ino: int, position: int) -> Sequence[bytes] | None:
-        """All names, if the kernel may keep what it was given up to `position`, the end: `Listings.ended`."""
+    def ended(self, ino: int, position: int) -> bool:
+        """Whether the kernel may keep what it was given up to `position`, the end: `Listings.ended`."""
         return self.listings.ended(*self.locate(ino), position)
 
     def passed_over(self, ino: int) -> None:

@@ -15,9 +15,16 @@ tell readers apart, so each start ends the older stretches of its directory for 
 
 Bits of a position, from above: 47 of the hash; 3 that count names of equal hashes (in byte order: only if
 one of such a pair goes while another is being read, a reader may miss that other one); 12 that count
-stretches. The last say nothing about the place. But they differ between a reply to one who began
-before a change and a reply to one who began after it, and the kernel only joins what it is given in its
-cache where positions are equal: so it never keeps a listing that is half of an old one.
+generations and say nothing about the place.
+
+What the kernel keeps. It joins what several readers are given, wherever one goes on at the position at which
+another has stopped, and takes the whole for the listing when a reader is told that it is at the end. The
+times by which it tells that a listing is old may be newer than what it has joined. So all that is given out
+of a directory while its names are the same has one *generation*; if anything else was given under that
+number, or somebody comes with another one, the generation is *mixed*. At the end `ended` says whether
+all that may have been joined is the listing of now. If not, the kernel must drop it before it hears of
+the end, and the next generation begins. A reader that stops halfway leaves its generation open, for
+the next one to complete what the kernel has begun.
 """
 
 from array import array
@@ -37,6 +44,7 @@ _GENERATION: Final = (1 << GENERATION_BITS) - 1
 _HASH: Final = -1 << EQUAL_BITS  # the part of a place that the name determines
 _BUCKET_SHIFT: Final = PLACE_BITS - 8  # names are sorted in 256 parts: none takes long
 _STRETCH_COST: Final = 8  # names that take as much memory as a stretch without any
+_DIRECTORY_COST: Final = 8  # and as a directory
 
 
 def place_of(name: bytes) -> int:
@@ -47,10 +55,11 @@ def place_of(name: bytes) -> int:
 class _Stretch:
     """Names of a directory by place, without a gap from behind `low` to the last, or to the end."""
 
-    __slots__ = ("ends", "generation", "low", "names", "places")
+    __slots__ = ("ends", "low", "names", "places", "version")
 
-    def __init__(self, low: int, generation: int) -> None:
-        self.low, self.generation = low, generation
+    def __init__(self, low: int, version: int | None) -> None:
+        self.low = low
+        self.version = version  # of the directory; None: it changed meanwhile, or nobody can tell
         self.ends = True  # no name of the directory lies behind it
         self.places = array("q")
         self.names: list[bytes] = []
@@ -58,16 +67,26 @@ class _Stretch:
     def covers(self, place: int) -> bool:
         return self.low <= place and (self.ends or place < self.places[-1])
 
+    @property
+    def is_whole(self) -> bool:
+        return self.low == 0 and self.ends
+
 
 class _Directory:
-    """What is kept of one directory."""
+    """What is known of one directory."""
 
-    __slots__ = ("begun", "gathering", "stretches")
+    __slots__ = ("begun", "closed", "gathering", "generation", "mixed", "stretches", "version")
 
     def __init__(self) -> None:
         self.stretches: list[_Stretch] = []
-        self.begun = 0  # number of the gathering that last ended the older stretches
+        self.begun = 0  # number of the pass that last ended the older stretches
         self.gathering = 0  # passes under way
+        self.begin(0, None)
+        self.closed = True
+
+    def begin(self, generation: int, version: int | None) -> None:
+        self.generation, self.version = generation & _GENERATION, version
+        self.mixed = self.closed = False  # closed: the kernel has all of it
 
 
 class Listings:
@@ -85,8 +104,10 @@ class Listings:
         self._breathe = breathe
         self._names_max, self._stretch_max, self._step = names_max, stretch_max, step
         self._directories: dict[tuple[Tree, int], _Directory] = {}  # the longest unused first
-        self._passes = 0
+        self._passes = self._generations = 0
         self.names_kept = 0
+        # What the kernel must not keep for reasons of its own, though it is a directory's listing.
+        self.unfit: Callable[[Sequence[bytes]], bool] = lambda names: False
 
     async def after(self, tree: Tree, node: int, position: int, limit: int) -> Sequence[tuple[bytes, int]]:
         """Up to `limit` names behind `position`, each with its own position; none: the end.
@@ -95,37 +116,78 @@ class Listings:
         that is given may be gone: it was there when it was gathered.
         """
         key = tree, node
-        known = self._directories.pop(key, None) or _Directory()
+        known = self._directories.pop(key, None)
+        if known is None:
+            known = _Directory()
+            self.names_kept += _DIRECTORY_COST
         self._directories[key] = known
         place = position >> GENERATION_BITS
-        for stretch in known.stretches if position else ():
-            if stretch.covers(place):
+        version = tree.listing_version(node)
+        for stretch in known.stretches:
+            if stretch.covers(place) and (position or (stretch.version == version is not None)):
                 break
         else:
             stretch = await self._gather(key, known, place)
-        places = stretch.places
-        first = bisect_left(places, place + 1)
-        if first == len(places):
-            self._forget(key)  # it was read to its end, and is not read again soon: the kernel keeps it
-            return ()
-        generation = stretch.generation & _GENERATION
+            version = tree.listing_version(node)
+        if known.closed:
+            if known.version != version or version is None:
+                self._begin(known, version)
+            elif position < FIRST:
+                known.closed = False  # the kernel has lost it
+        if known.version != version or stretch.version != version:
+            known.mixed = True
+        generation = known.generation
+        if position >= FIRST and position & _GENERATION != generation:
+            known.mixed = True
+        first = bisect_left(stretch.places, place + 1)
+        last = first + limit
         return [
             (name, number << GENERATION_BITS | generation)
-            for name, number in zip(
-                stretch.names[first : first + limit], places[first : first + limit], strict=True
-            )
+            for name, number in zip(stretch.names[first:last], stretch.places[first:last], strict=True)
         ]
+
+    def ended(self, tree: Tree, node: int, position: int) -> bool:
+        """To be called when nothing is behind `position`. Whether the kernel may keep all that was given to
+        those who come to this position; if not, it must drop it before it hears of the end.
+        """
+        known, version = self._directories.get((tree, node)), tree.listing_version(node)
+        if known is None:
+            return False
+        keep = False
+        if not known.mixed and known.version == version is not None:
+            keep = known.closed and position & _GENERATION == known.generation
+            for stretch in known.stretches:
+                if stretch.is_whole and stretch.version == version and _leads_to(position, stretch, known):
+                    keep = not self.unfit(stretch.names)
+        if not keep:
+            self._begin(known, version)
+        known.closed = True
+        self._drop(known)  # it is not read again soon: the kernel has it
+        return keep
+
+    def passed_over(self, tree: Tree, node: int) -> None:
+        """Names of the directory were not passed on to a reader, because they are gone."""
+        known = self._directories.get((tree, node))
+        if known is not None:
+            known.mixed = True
+
+    def _begin(self, known: _Directory, version: int | None) -> None:
+        self._generations += 1
+        known.begin(self._generations, version)
 
     async def _gather(self, key: tuple[Tree, int], known: _Directory, place: int) -> _Stretch:
         """A new stretch behind `place`; kept, unless a reader began after this pass did."""
+        tree, node = key
         self._passes += 1
         number = self._passes
-        stretch = _Stretch(place, number)
+        stretch = _Stretch(place, tree.listing_version(node))
         known.gathering += 1
         try:
-            await self._fill(stretch, *key)
+            await self._fill(stretch, tree, node)
         finally:
             known.gathering -= 1
+        if stretch.version != tree.listing_version(node):
+            stretch.version = None
         if number > known.begun:
             if not place:
                 known.begun = number
@@ -187,15 +249,8 @@ class Listings:
     def _drop_first(self, known: _Directory) -> None:
         self.names_kept -= len(known.stretches.pop(0).names) + _STRETCH_COST
 
-    def _forget(self, key: tuple[Tree, int]) -> None:
-        known = self._directories.get(key)
-        if known is not None:
-            self._drop(known)
-            if not known.gathering:
-                del self._directories[key]
-
     def _trim(self) -> None:
-        """Stretches of the longest unused directory go first, the oldest of them first."""
+        """The longest unused directory goes first, its oldest stretch before the others."""
         while self.names_kept > self._names_max:
             key, known = next(iter(self._directories.items()))
             if known.stretches:
@@ -204,6 +259,15 @@ class Listings:
                 del self._directories[key]
                 if known.gathering:
                     self._directories[key] = known  # what it knows is needed yet
+                else:
+                    self.names_kept -= _DIRECTORY_COST
+
+
+def _leads_to(position: int, stretch: _Stretch, known: _Directory) -> bool:
+    """Whether those who were given a whole stretch in this generation are at this position."""
+    if not stretch.names:
+        return position < FIRST
+    return position == stretch.places[-1] << GENERATION_BITS | known.generation
 
 
 __all__ = ["FIRST", "Listings", "place_of"]

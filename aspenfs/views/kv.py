@@ -90,7 +90,7 @@ class KVTree(Tree):
         return list_names(self.space, self.space.directory(node), behind, limit)
 
     def listing_version(self, node: int) -> int | None:
-        return self.space.store.revision  # what is below a directory may change its names too
+        return self.space.changes  # what is below a directory may change its names too
 
     def parent_of(self, node: int) -> int:
         above = b""
@@ -230,6 +230,9 @@ class KVTree(Tree):
     def noticed(self, event: Event, own: bool) -> None:
         if own:
             self.space.applied(event)
+
+    def replaced(self) -> None:
+        self.space.changes += 1
 
     def touched(self, event: Event) -> Iterable[Touched]:
         return touched(self.space, event)

@@ -84,6 +84,7 @@ class KeySpace:
         self.moves: list[Move] = []
         self.origin: object = self
         self.started_ns = clock.time_ns()
+        self.changes = 0  # of keys and markers, by whomever, and attempts; counted once they are there
 
     # --- nodes ---
 
@@ -316,7 +317,10 @@ class KeySpace:
 
     async def commit(self, change: Change) -> TxnResult | None:
         """The result, or None if a compare did not hold (look again, then try again)."""
-        result = await self.store.txn(change.compares, change.operations, origin=self.origin)
+        try:
+            result = await self.store.txn(change.compares, change.operations, origin=self.origin)
+        finally:
+            self.changes += 1
         return result if result.succeeded else None
 
 

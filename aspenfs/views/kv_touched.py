@@ -18,6 +18,8 @@ from aspenfs.views.kv_space import KEYS, MARKERS, KeySpace
 
 def touched(space: KeySpace, event: Event) -> Iterator[Touched]:
     key, record, previous = event
+    if key.startswith((KEYS, MARKERS)):
+        space.changes += 1
     if key.startswith(KEYS):
         yield from _file(space, key, record, previous)
         if record is None or previous is None or is_symlink(record) is not is_symlink(previous):

@@ -250,6 +250,49 @@ def test_readers_with_buffers_of_all_sizes_see_what_stays_once(files: Path) -> N
         assert set(os.listdir(os.fsencode(files))) == staying | others
 
 
+def read_on(descriptor: int, size: int = 32768) -> list[bytes]:
+    found = []
+    while batch := getdents(descriptor, size):
+        found += [name for name, _ in batch]
+    return found
+
+
+@pytest.mark.parametrize("more", [0, 128, 1])
+def test_a_reader_misses_nothing_where_a_listing_fills_its_pages(files: Path, more: int) -> None:
+    """The kernel does not find the reader's position in the listing that it keeps, and takes it for the end,
+    if that listing ends where a page does: 128 entries of 32 bytes, with the dots."""
+    names_there = [b"f%03d" % number for number in range(126 + more)]
+    above = os.fsencode(files) + b"/"
+    for name in names_there:
+        touch(above + name)
+    descriptor = os.open(files, os.O_RDONLY)
+    seen = [name for name, _ in getdents(descriptor, 1000)]
+    os.unlink(above + seen[3])
+    touch(above + b"new")
+    for _ in range(3):
+        assert len(os.listdir(files)) == 126 + more
+    seen += read_on(descriptor)
+    os.close(descriptor)
+    assert len(set(seen)) == len(seen)
+    assert set(names_there) <= set(seen)
+
+
+def test_a_listing_that_somebody_left_halfway_is_kept_when_another_completes_it(own_mount: Mount) -> None:
+    path = own_mount.mountpoint / "files"
+    for number in range(600):
+        touch(path / f"{number}")
+    for changes in (False, True):
+        touch(path / f"begins-anew-{changes}")
+        descriptor = os.open(path, os.O_RDONLY)
+        assert len(getdents(descriptor, 4096)) < 300
+        os.close(descriptor)
+        if changes:
+            touch(path / "new")
+        for _ in range(3):
+            before = names(path)
+        assert list_with_a_stopped_daemon(own_mount, path) == before
+
+
 def _list_all_the_time(path: Path, staying: frozenset[str], end_s: float) -> None:
     while time.monotonic() < end_s:
         found = os.listdir(path)

@@ -22,6 +22,9 @@ class Flat(Tree):
         self.of: dict[int, set[bytes]] = {NODE: set(names)}
         self.passes = 0
 
+    def listing_version(self, node: int) -> int | None:
+        return hash(frozenset(self.of[node]))
+
     def list_names(self, node: int, behind: Any, limit: int) -> tuple[Sequence[bytes], Any]:
         self.passes += behind is None
         names = sorted(name for name in self.of[node] if behind is None or name > behind)[:limit]
@@ -152,18 +155,141 @@ def test_a_slow_pass_that_began_before_does_not_serve_who_started_after() -> Non
     trio.run(main)
 
 
-def test_positions_of_two_starts_differ_so_the_kernel_does_not_join_them() -> None:
+def test_positions_hold_across_generations() -> None:
     async def main() -> None:
         tree = Flat(*many(20))
         kept = Listings()
         first = dict(await kept.after(tree, NODE, 0, 20))
+        assert first == dict(await kept.after(tree, NODE, 0, 20)), "nothing has changed"
+        tree.of[NODE] ^= {b"name-0", b"name-20"}
+        kept.ended(tree, NODE, max(first.values()))
         second = dict(await kept.after(tree, NODE, 0, 20))
-        assert all(first[name] != second[name] for name in first)
-        assert all(first[name] // FIRST == second[name] // FIRST for name in first)
-        for name in first:
-            assert [n for n, _ in await kept.after(tree, NODE, first[name], 20)] == [
-                n for n, _ in await kept.after(tree, NODE, second[name], 20)
-            ]
+        both = first.keys() & second.keys()
+        assert len(both) == 19
+        assert all(first[name] != second[name] for name in both), "the kernel does not join them"
+        for name in both:
+            for limit in (1, 20):
+                assert await kept.after(tree, NODE, first[name], limit) == await kept.after(
+                    tree, NODE, second[name], limit
+                )
+
+    trio.run(main)
+
+
+async def read(kept: Listings, tree: Tree, position: int = 0, limit: int = 10) -> int:
+    """Reads on to the end; the position there."""
+    while batch := await kept.after(tree, NODE, position, limit):
+        position = batch[-1][1]
+    return position
+
+
+async def halfway(kept: Listings, tree: Tree) -> int:
+    return (await kept.after(tree, NODE, 0, 25))[-1][1]
+
+
+def test_who_has_read_one_listing_of_now_may_keep_it() -> None:
+    async def main() -> None:
+        tree, kept = Flat(*many(50)), Listings()
+        for _ in range(2):
+            assert kept.ended(tree, NODE, await read(kept, tree))
+        # Many at once, some of whom stop halfway.
+        early = await halfway(kept, tree)
+        await halfway(kept, tree)
+        end = await read(kept, tree)
+        assert kept.ended(tree, NODE, end)
+        assert await read(kept, tree, early) == end
+        assert kept.ended(tree, NODE, end)
+        # Then it changes.
+        tree.of[NODE] ^= {b"new"}
+        assert kept.ended(tree, NODE, await read(kept, tree))
+        empty = Flat()
+        for position in (0, 1, 2):  # behind neither, one or both of . and ..
+            assert await kept.after(empty, NODE, position, 10) == []
+            assert kept.ended(empty, NODE, position)
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("began", [False, True])
+def test_what_changed_while_it_was_read_may_not_be_kept(began: bool) -> None:
+    """Nor what was completed that somebody had begun before: but then the next listing."""
+
+    async def main() -> None:
+        tree, kept = Flat(*many(50)), Listings()
+        early = await halfway(kept, tree)
+        tree.of[NODE] ^= {b"new"}
+        end = await read(kept, tree, early if began else 0)
+        assert not kept.ended(tree, NODE, end)
+        if not began:
+            assert not kept.ended(tree, NODE, await read(kept, tree, early)), "with an earlier generation"
+        assert kept.ended(tree, NODE, await read(kept, tree))
+
+    trio.run(main)
+
+
+def test_what_changes_before_the_end_is_told_may_not_be_kept() -> None:
+    async def main() -> None:
+        tree, kept = Flat(*many(50)), Listings()
+        end = await read(kept, tree)
+        tree.of[NODE] ^= {b"new"}
+        assert not kept.ended(tree, NODE, end)
+
+    trio.run(main)
+
+
+def test_readers_of_two_generations_may_have_been_joined() -> None:
+    async def main() -> None:
+        tree, kept = Flat(*many(50)), Listings()
+        early = await halfway(kept, tree)
+        tree.of[NODE] ^= {b"new"}
+        assert not kept.ended(tree, NODE, await read(kept, tree))
+        late = await halfway(kept, tree)
+        assert early != late
+        end = await read(kept, tree, early)
+        assert end == await read(kept, tree, late)
+        assert not kept.ended(tree, NODE, end)
+
+    trio.run(main)
+
+
+def test_what_was_not_given_in_full_may_not_be_kept() -> None:
+    async def main() -> None:
+        tree, kept = Flat(*many(50)), Listings()
+        end = await read(kept, tree)
+        kept.passed_over(tree, NODE)
+        assert not kept.ended(tree, NODE, end)
+        assert not kept.ended(tree, NODE, end), "nothing was read since"
+        large = Listings(stretch_max=30, step=5)
+        assert not large.ended(tree, NODE, await read(large, tree)), "more than a stretch"
+        only = Flat(b"only")
+        position = (await kept.after(only, NODE, 0, 1))[-1][1]
+        assert not kept.ended(only, NODE, 2), "whoever is behind .. has not seen it"
+        only.of[NODE].clear()
+        assert await kept.after(only, NODE, 0, 1) == []
+        assert not kept.ended(only, NODE, position), "a name was read that is gone"
+
+    trio.run(main)
+
+
+def test_what_is_unfit_is_never_kept() -> None:
+    async def main() -> None:
+        tree, kept = Flat(*many(50)), Listings()
+        kept.unfit = lambda names: len(names) == 50
+        for _ in range(2):
+            assert not kept.ended(tree, NODE, await read(kept, tree))
+        tree.of[NODE].add(b"new")
+        assert kept.ended(tree, NODE, await read(kept, tree))
+
+    trio.run(main)
+
+
+def test_a_tree_that_can_not_tell_of_changes_has_nothing_kept() -> None:
+    async def main() -> None:
+        tree, kept = Flat(*many(50)), Listings()
+        tree.listing_version = lambda node: None  # type: ignore[method-assign, assignment]
+        assert not kept.ended(tree, NODE, await read(kept, tree))
+        tree.of[NODE].add(b"new")
+        assert b"new" in await rest(kept, tree)
 
     trio.run(main)
 
@@ -195,7 +321,8 @@ def test_a_directory_larger_than_a_stretch_takes_a_few_passes() -> None:
         assert len(set(await rest(kept, tree, 0, 100))) == 20_000
         assert 4 <= tree.passes <= 6
         assert breaths >= tree.passes * 20
-        assert kept.names_kept == 0, "what was read to its end is not kept"
+        kept.ended(tree, NODE, 1 << 62)
+        assert kept.names_kept < 10, "what was read to its end is not kept"
 
     trio.run(main)
 

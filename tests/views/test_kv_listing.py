@@ -100,3 +100,31 @@ def test_names_go_on_behind_any_of_them() -> None:
                 assert names == everything
 
     run(test)
+
+
+def test_the_version_of_listings_differs_after_each_change_of_names() -> None:
+    async def test(kv: KVSetup) -> None:
+        at, root = kv.mounted, kv.tree.root
+        seen = {kv.tree.listing_version(root)}
+
+        async def changed() -> None:
+            version = kv.tree.listing_version(root)
+            assert version not in seen
+            seen.add(version)
+
+        await at.create(b"a", b"x")
+        await changed()
+        await kv.store.txn([], [put(b"k/b/c", b"")])  # as the command line does
+        await changed()
+        await at.rename(b"a", b"d")
+        await changed()
+        await at.mkdir(b"e")
+        await changed()
+        await at.unlink(b"d")
+        await changed()
+        await kv.store.txn([], [put(b"s/elsewhere", b"")])
+        assert kv.tree.listing_version(root) in seen
+        kv.tree.replaced()
+        await changed()
+
+    run(test)

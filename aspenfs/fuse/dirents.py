@@ -1,0 +1,21 @@
+"""How the kernel lays a listing out in its page cache, and where it errs (fs/fuse/readdir.c).
+
+A reader whose position is not among those of a kept listing is to be served by the daemon. But where a
+listing fills its last page to the last byte, the kernel (5.1 to 6.18 at least) takes the end of the pages
+for the end of the directory, and such a reader misses the rest. So a listing like that must not be kept.
+"""
+
+from collections.abc import Iterable
+from typing import Final
+
+DIRENT_BYTES: Final = 24  # struct fuse_dirent before the name, which is padded to a multiple of 8
+DOTS_BYTES: Final = 2 * 32
+
+
+def fills_its_pages(names: Iterable[bytes], page_bytes: int) -> bool:
+    """Whether `.`, `..` and these, in this order, end where a page does. No entry lies in two pages."""
+    used = DOTS_BYTES
+    for name in names:
+        size = DIRENT_BYTES + len(name) + 7 & -8
+        used = used + size if used + size <= page_bytes else size
+    return used == page_bytes
