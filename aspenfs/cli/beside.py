@@ -22,6 +22,7 @@ LOOK_S: Final = 0.1  # is this node alone?
 TICK_S: Final = 2.0  # twice the longest that the kernel keeps anything with other hosts
 ROUND_S: Final = 0.5  # orphans: see filesystem/orphans.py
 AFTER_FAILURE_S: Final = 5.0
+MOMENT_S: Final = 0.001
 START_S: Final = 10.0  # how long a mount waits for its session before it serves
 END_S: Final = 5.0  # and at the end for what is not committed
 
@@ -34,6 +35,9 @@ class Tasks:
 
     def event(self) -> trio.Event:
         return trio.Event()
+
+    async def pause(self) -> None:
+        await trio.sleep(MOMENT_S)
 
     def spawn(self, work: Callable[[], Awaitable[None]]) -> None:
         self._nursery.start_soon(self._run, work)

@@ -70,6 +70,9 @@ class Tasks(Protocol):
     def event(self) -> Signal:
         """A new one-shot event of the caller's loop."""
 
+    async def pause(self) -> None:
+        """Returns after a moment: about as long as the kernel takes from an answer to the next request."""
+
     def spawn(self, work: Callable[[], Awaitable[None]]) -> None:
         """Runs `work` at once, beside everything else. It says itself what went wrong."""
 

@@ -15,12 +15,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from itertools import islice
+from typing import Final
 
 from aspenfs import errors
 from aspenfs.filesystem.volume import Tasks, Volume
 from aspenfs.filesystem.writing import BLOBS_MAX, Piece, Writer
 from aspenfs.kv.watch import Signal
 from aspenfs.limits import CHUNK_BYTES_MAX, WRITE_BEHIND_BYTES_MAX, WRITE_BEHIND_FILE_BYTES_MAX
+
+PAGE_BYTES: Final = 4096  # the kernel's
 
 
 class _Waiting:
@@ -40,6 +43,16 @@ class _Waiting:
             and (offset is None) is (self.offset is None)
             and believed == self.believed + self.length
             and self.length + size <= CHUNK_BYTES_MAX
+        )
+
+    @property
+    def may_be_cut(self) -> bool:
+        """Whether this may be the first part of a larger write, which the kernel has cut at a page's end:
+        the rest comes when it has heard of the first."""
+        return (
+            self.offset is None
+            and bool(self.believed % PAGE_BYTES)
+            and not ((self.believed + self.length) % PAGE_BYTES)
         )
 
     def extend(self, data: bytes) -> None:
@@ -105,7 +118,7 @@ class WriteBehind:
                 self._seal(waiting)  # before it counts: on a full disk this write fails, and no other
             if file is None:
                 file = self.files[node] = _File()
-                tasks.spawn(partial(self._run, node, file))
+                tasks.spawn(partial(self._run, tasks, node, file))
             file.waiting.append(waiting)
         assert file is not None  # else there was no last one
         file.bytes += len(data)
@@ -158,12 +171,14 @@ class WriteBehind:
 
     # --- working ---
 
-    async def _run(self, node: int, file: _File) -> None:
+    async def _run(self, tasks: Tasks, node: int, file: _File) -> None:
         """Commits what waits until nothing does; after an error what is behind it is given up too, since it
         was written by who believed that the bytes before are there."""
         failure: errors.AspenError | None = None
         try:
             while file.waiting:
+                if self.returns_early and file.waiting[-1].may_be_cut:
+                    await tasks.pause()
                 await self._commit(node, file)
         except errors.AspenError as error:
             failure = error

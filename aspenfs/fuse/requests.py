@@ -23,7 +23,9 @@ logger = logging.getLogger(__name__)
 # linux/fuse.h: struct fuse_in_header, then (READDIR, READDIRPLUS) the start of struct fuse_read_in.
 HEADER: Final = struct.Struct("=IIQQIII4x")
 READ_IN: Final = struct.Struct("=QQI")
-OPENDIR, READDIRPLUS = 27, 44
+WRITE_IN: Final = struct.Struct("=QQII")  # of struct fuse_write_in: handle, offset, size, flags
+OPEN, WRITE, OPENDIR, CREATE, READDIRPLUS = 14, 16, 27, 35, 44
+WRITE_CACHE: Final = 1  # a page of a mapping, or of the writeback cache
 KERNEL_MIN: Final = (5, 1)  # the first that takes ENOSYS from OPENDIR for "never again"
 
 _POINTER_BYTES: Final = ctypes.sizeof(ctypes.c_void_p)
@@ -84,6 +86,21 @@ class Requests:
         handle, offset, size = READ_IN.unpack_from(request, HEADER.size)
         assert (header.opcode, handle, offset) == (READDIRPLUS, 0, position), header
         return header.inode, size
+
+    def is_write_back(self, handle: int, offset: int) -> bool | None:
+        """Whether the WRITE under way, which begins at `offset`, is of a mapping's pages; None if that can
+        not be told."""
+        scope = _variables(self._serving()) if self._offset is not None else None
+        if self._offset is None or scope is None:
+            return None
+        address = ctypes.c_void_p.from_address(id(scope) + self._offset).value
+        if address is None:
+            return None
+        request = ctypes.string_at(address, HEADER.size + WRITE_IN.size)
+        found = WRITE_IN.unpack_from(request, HEADER.size)
+        if Header._make(HEADER.unpack_from(request)).opcode != WRITE or found[:2] != (handle, offset):
+            return None
+        return bool(found[3] & WRITE_CACHE)
 
     def _look(self, opcode: int, inode: int, caller: Caller) -> str | None:
         """Finds `_offset`, or says why not."""

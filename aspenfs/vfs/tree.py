@@ -85,9 +85,9 @@ def is_write_back(flags: int, offset: int, length: int, size: int) -> bool:
     """Whether a write by a handle opened with `flags` is the kernel writing a mapping's pages back, by
     whichever handle the file of `size` bytes has: such a write has its place, also on one that appends.
 
-    An append of this mount comes with the size as its offset, pages lie before the end. Only an append that
-    another host has overtaken can look the same, if it is of whole pages at a page's start. pyfuse3 does
-    not show the flag by which the kernel tells the two apart.
+    For where the kernel's own flag is not to be had (`OpenFile.write`). An append of this mount comes with
+    the size as its offset, pages lie before the end. Only an append that another host has overtaken can
+    look the same, if it is of whole pages at a page's start.
     """
     return (
         flags & os.O_ACCMODE == os.O_RDWR  # others cannot be mapped for writing
@@ -97,17 +97,27 @@ def is_write_back(flags: int, offset: int, length: int, size: int) -> bool:
     )
 
 
+def must_append_whole(flags: int, alone: bool) -> bool:
+    """Whether a file must be opened past the page cache, because the kernel cuts a write through it at a page's
+    end: what another host appends could come between the parts. One that can be mapped can not: there
+    it is left to chance (docs/posix.md)."""
+    return not alone and bool(flags & os.O_APPEND) and flags & os.O_ACCMODE == os.O_WRONLY
+
+
 class OpenFile:
     """An open file of a tree. The defaults answer as a file that can do nothing."""
 
     direct_io = False  # the kernel must not cache its pages
+    appends = False  # O_APPEND
     keep_cache = True  # pages cached earlier are still right
 
     async def read(self, offset: int, size: int) -> bytes:
         """Up to `size` bytes; fewer only at the end of the file."""
         raise errors.BadHandle("not open for reading")
 
-    async def write(self, offset: int, data: bytes) -> int:
+    async def write(self, offset: int, data: bytes, mapped: bool | None = None) -> int:
+        """`mapped`: whether the kernel writes back a mapping's page, which has its place, also by a handle
+        that appends; None: not to be told, see `is_write_back`."""
         raise errors.ReadOnly("read-only tree")
 
     async def flush(self) -> None:

@@ -73,8 +73,6 @@ class FilesTree(Tree):
         self.open_counts: dict[int, int] = {}
         self.ghosts: dict[int, Attr] = {}  # no row any more, but the kernel may still ask
         self.atimes: dict[int, int] = {}
-        # Files that a handle open for reading and appending has: where the kernel believes their end to be.
-        self.appended_to: dict[int, int] = {}
         # The directory that was last listed in one go, its revision then, and its entries: a change of any of
         # them changes the directory too.
         self.just_listed: tuple[int, int, dict[bytes, int]] = 0, 0, {}
@@ -116,8 +114,6 @@ class FilesTree(Tree):
                 raise errors.NotFound(f"inode {node}")
             return ghost
         attr = to_attr(node, _unpack_inode(record[0]))
-        if node in self.appended_to:
-            self.appended_to[node] = attr.size
         if node in self.atimes:
             return attr._replace(atime_ns=max(attr.atime_ns, self.atimes[node]))
         return attr
@@ -151,8 +147,6 @@ class FilesTree(Tree):
 
     def _handle(self, node: int, flags: int) -> OpenInode:
         self.open_counts[node] = self.open_counts.get(node, 0) + 1
-        if flags & os.O_APPEND and flags & os.O_ACCMODE == os.O_RDWR:
-            self.appended_to.setdefault(node, -1)
         return OpenInode(self, node, flags)
 
     def list_names(self, node: int, behind: Any, limit: int) -> tuple[Sequence[bytes], Any]:
@@ -343,7 +337,6 @@ class FilesTree(Tree):
             return
         del self.open_counts[node]
         self.writes.failures.pop(node, None)
-        self.appended_to.pop(node, None)
         if not self.is_known(node):
             self.orphans.unused(node)
 

@@ -9,17 +9,19 @@ import os
 from typing import TYPE_CHECKING
 
 from aspenfs import errors
-from aspenfs.vfs.tree import OpenFile, is_write_back
+from aspenfs.vfs.tree import OpenFile, is_write_back, must_append_whole
 
 if TYPE_CHECKING:
     from aspenfs.views.files import FilesTree
 
 
 class OpenInode(OpenFile):
-    __slots__ = ("failures", "flags", "node", "tree")
+    __slots__ = ("appends", "direct_io", "failures", "flags", "node", "tree")
 
     def __init__(self, tree: "FilesTree", node: int, flags: int) -> None:
         self.tree, self.node, self.flags = tree, node, flags
+        self.appends = bool(flags & os.O_APPEND)
+        self.direct_io = must_append_whole(flags, tree.store.alone)
         self.failures = tree.writes.failures[node][0] if node in tree.writes.failures else 0  # told already
 
     async def read(self, offset: int, size: int) -> bytes:
@@ -37,27 +39,23 @@ class OpenInode(OpenFile):
         tree.was_read(self.node, inode)
         return data  # type: ignore[return-value]  # any buffer will do for the kernel
 
-    async def write(self, offset: int, data: bytes) -> int:
+    async def write(self, offset: int, data: bytes, mapped: bool | None = None) -> int:
         tree, node = self.tree, self.node
         if tree.store.alone and node not in tree.writes.files:
-            at = await self._place(offset, len(data)) if self.flags & os.O_APPEND else offset
+            at = await self._place(offset, len(data), mapped) if self.appends else offset
             await tree.writer.write(node, at, data)
             return len(data)
         self._tell_failure()
-        at = await self._place(offset, len(data)) if self.flags & os.O_APPEND else offset
+        at = await self._place(offset, len(data), mapped) if self.appends else offset
         await tree.writes.write(node, at, offset, data)
         return len(data)
 
-    async def _place(self, offset: int, size: int) -> int | None:
+    async def _place(self, offset: int, size: int, mapped: bool | None) -> int | None:
         """Where a write by a handle that appends goes; None: to the end, wherever that is at apply."""
-        tree, node = self.tree, self.node
-        if self.flags & os.O_ACCMODE == os.O_RDWR and node in tree.writes.files:
-            await tree.writes.settled(node)  # else the end is not known here
-        believed = tree.appended_to.get(node)
-        if believed is not None and offset == believed and not tree.store.alone:
-            return None  # another host may have moved the end: the kernel appends where it believes it to be
-        end = tree.size_of(node)
-        return offset if is_write_back(self.flags, offset, size, end) else None
+        if mapped is None and self.flags & os.O_ACCMODE == os.O_RDWR:
+            await self.tree.writes.settled(self.node)  # else the end is not known here
+            mapped = is_write_back(self.flags, offset, size, self.tree.size_of(self.node))
+        return offset if mapped else None
 
     def _tell_failure(self) -> None:
         """Raises the error of writes that failed after they had returned, once for each open file."""

@@ -23,7 +23,7 @@ from aspenfs.kv.types import (
     set_attributes,
 )
 from aspenfs.limits import VALUE_BYTES_MAX
-from aspenfs.vfs.tree import OpenFile, is_write_back
+from aspenfs.vfs.tree import OpenFile, is_write_back, must_append_whole
 from aspenfs.views.kv_attributes import stamp
 from aspenfs.views.kv_nodes import FileNode
 from aspenfs.views.kv_space import CONFLICTS_MAX, Change, KeySpace
@@ -59,24 +59,26 @@ async def truncate(space: KeySpace, node: FileNode, size: int) -> None:
 class KVFile(OpenFile):
     """`displaced` hears of bytes that are not where the kernel has them."""
 
-    __slots__ = ("displaced", "flags", "node", "space", "waits")
+    __slots__ = ("appends", "direct_io", "displaced", "flags", "node", "space", "waits")
 
     def __init__(
         self, space: KeySpace, node: FileNode, flags: int, displaced: Callable[[int], None]
     ) -> None:
         self.space, self.node, self.flags, self.displaced = space, node, flags, displaced
+        self.appends = bool(flags & os.O_APPEND)
+        self.direct_io = must_append_whole(flags, space.store.alone)
         self.waits = bool(flags & os.O_DSYNC)  # O_SYNC contains it
 
     async def read(self, offset: int, size: int) -> bytes:
         return self.space.content(self.node).value[offset:offset + size]
 
-    async def write(self, offset: int, data: bytes) -> int:
+    async def write(self, offset: int, data: bytes, mapped: bool | None = None) -> int:
         """As much as a value can take, as POSIX has it for the file size limit; TooLarge if nothing."""
         space, node, believed = self.space, self.node, offset
         appends = False
-        if self.flags & os.O_APPEND:
+        if self.appends:
             size = len(space.content(node).value)
-            appends = not is_write_back(self.flags, offset, len(data), size)
+            appends = not (is_write_back(self.flags, offset, len(data), size) if mapped is None else mapped)
             if appends:
                 offset = size  # the kernel's idea of the end may be old; the end is where it is at apply
         room = VALUE_BYTES_MAX - offset

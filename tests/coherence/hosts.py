@@ -217,6 +217,9 @@ class Beside:
     def event(self) -> trio.Event:
         return trio.Event()
 
+    async def pause(self) -> None:
+        await trio.sleep(0.001)
+
     def spawn(self, work: Callable[[], Awaitable[None]]) -> None:
         self.nursery.start_soon(work)
 

@@ -220,22 +220,43 @@ def test_an_append_that_another_host_overtook_is_displaced() -> None:
     with_two(test)
 
 
-def test_an_append_of_whole_pages_is_no_page_that_is_written_back() -> None:
+def test_an_append_of_whole_pages_is_told_from_a_page_that_is_written_back() -> None:
     async def test(hosts: Hosts, a: Host, b: Host) -> None:
         node = (await a.mounted.create(b"f", b"1" * 4096)).node
         await hosts.everywhere()
         file = await a.tree.open(node, os.O_RDWR | os.O_APPEND, CALLER)
-        await a.tree.getattr(node)  # the kernel knows the end
         await b.mounted.append(b"f", b"2" * 4096)
         await hosts.everywhere()
-        await file.write(4096, b"3" * 4096)
+        await file.write(4096, b"3" * 4096, False)
         await file.flush()
         assert await whole(file) == b"1" * 4096 + b"2" * 4096 + b"3" * 4096
-        await a.tree.getattr(node)
-        await file.write(0, b"4" * 4096)  # a page of a mapping
+        await file.write(0, b"4" * 4096, True)
         await file.flush()
         assert (await whole(file))[:4097] == b"4" * 4096 + b"2"
         await file.release()
+
+    with_two(test)
+
+
+def test_an_append_that_the_kernel_has_cut_at_a_page_stays_whole() -> None:
+    async def test(hosts: Hosts, a: Host, b: Host) -> None:
+        await a.mounted.create(b"f", b"-" * 4000)
+        await hosts.everywhere()
+        file = await a.mounted.open(b"f", os.O_RDWR | os.O_APPEND)
+
+        async def elsewhere() -> None:
+            for _ in range(20):
+                await b.mounted.append(b"f", b"b" * 10)
+
+        async def here() -> None:
+            await file.write(4000, b"a" * 96, False)
+            await trio.sleep(0.0001)
+            await file.write(4096, b"a" * 104, False)
+            await file.flush()
+
+        await together(here, elsewhere)
+        await file.release()
+        assert b"a" * 200 in await seen_by(b)
 
     with_two(test)
 
