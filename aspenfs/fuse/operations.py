@@ -9,6 +9,7 @@ import errno
 import functools
 import logging
 import mmap
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar, cast
@@ -19,7 +20,7 @@ import trio
 from aspenfs import errors
 from aspenfs.fuse import loop
 from aspenfs.fuse.dirents import fills_its_pages
-from aspenfs.fuse.requests import OPENDIR, Requests
+from aspenfs.fuse.requests import CREATE, OPEN, OPENDIR, Requests
 from aspenfs.limits import KIB, NAME_BYTES_MAX
 from aspenfs.vfs.coherence import SHARED_TIMEOUT_S, Validity
 from aspenfs.vfs.filesystem import ROOT_INODE, FileSystem
@@ -240,11 +241,15 @@ class Operations(pyfuse3.Operations):
 
     @answers
     async def open(self, inode: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
+        if flags & os.O_APPEND:
+            self.requests.readable(OPEN, inode, ctx)  # for the writes that come
         fh, target, keep = await self.fs.open(inode, flags, ctx)
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(fh), direct_io=target.direct_io, keep_cache=keep)
 
     @answers
     async def create(self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: Any) -> Any:
+        if flags & os.O_APPEND:
+            self.requests.readable(CREATE, parent_inode, ctx)
         fh, target, keep, ino, validity, attr = await self.fs.create(parent_inode, name, mode, flags, ctx)
         await self._done(parent_inode)
         info = pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(fh), direct_io=target.direct_io, keep_cache=keep)
@@ -257,7 +262,8 @@ class Operations(pyfuse3.Operations):
     @answers
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         file = self.fs.file(fh)
-        written = await file.write(off, buf)
+        mapped = self.requests.is_write_back(fh, off) if file.appends else None
+        written = await file.write(off, buf, mapped)
         if self.show.sync:
             await file.sync(True)
         return written
