@@ -26,13 +26,15 @@ MNT_FORCE, MNT_DETACH = 1, 2
 class ToyDaemon:
     """`with ToyDaemon(directory, "--spin-us", "0") as toy:` is mounted and served inside."""
 
+    script = "tests/fuse/toyfs.py"
+
     def __init__(self, mountpoint: Path, *options: str, cpus: Sequence[int] | None = None) -> None:
         self.mountpoint = mountpoint
         mountpoint.mkdir(exist_ok=True)
         self._buffer = b""
         self._forgotten = False
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests/fuse/toyfs.py"), str(mountpoint), *options],
+            [sys.executable, str(ROOT / self.script), str(mountpoint), *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
