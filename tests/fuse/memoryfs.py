@@ -1,4 +1,4 @@
-"""The real operations over a file system in memory: a daemon for tests of what is between them and the kernel.
+"""The real operations over a file system in memory: a daemon to test what is between them and the kernel.
 
     memoryfs.py MOUNTPOINT [--asked] [--stock]
 
@@ -24,14 +24,14 @@ from tests.filesystem.volumes import Setup
 class Counted(Operations):
     """Counts what is asked of it."""
 
-    opened = read = 0
+    opendirs = readdirs = 0
 
     async def opendir(self, inode: int, ctx: Any) -> int:
-        self.opened += 1
+        self.opendirs += 1
         return await super().opendir(inode, ctx)
 
     async def readdir(self, fh: int, start_id: int, token: Any) -> None:
-        self.read += 1
+        self.readdirs += 1
         await super().readdir(fh, start_id, token)
 
 
@@ -39,7 +39,7 @@ async def _obey(operations: Counted) -> None:
     async for line in trio.lowlevel.FdStream(os.dup(0)):
         for command in line.decode().splitlines():
             assert command == "requests"
-            print(json.dumps({"opened": operations.opened, "read": operations.read}), flush=True)
+            print(json.dumps({"opened": operations.opendirs, "read": operations.readdirs}), flush=True)
 
 
 async def _main(options: argparse.Namespace) -> None:

@@ -286,7 +286,7 @@ def test_what_is_unfit_is_never_kept() -> None:
 def test_a_tree_that_can_not_tell_of_changes_has_nothing_kept() -> None:
     async def main() -> None:
         tree, kept = Flat(*many(50)), Listings()
-        tree.listing_version = lambda node: None  # type: ignore[method-assign, assignment]
+        tree.listing_version = lambda node: None  # type: ignore[method-assign]
         assert not kept.ended(tree, NODE, await read(kept, tree))
         tree.of[NODE].add(b"new")
         assert b"new" in await rest(kept, tree)
