@@ -124,7 +124,7 @@ class Coherence:
 
     def _set_timeouts(self) -> None:
         most = 0.0 if self.mode == STRICT else SHARED_TIMEOUT_S
-        for tree in self._trees:
+        for tree in filter(_is_shared, self._trees):
             own = type(tree)
             for name in ("entry_timeout_s", "attr_timeout_s", "negative_timeout_s"):
                 timeout = getattr(own, name)
@@ -226,3 +226,7 @@ class Coherence:
         """Anything may have changed, of what the kernel knows."""
         self._lately[0].update(known)
         self.notices.everything()
+
+
+def _is_shared(tree: Tree) -> bool:
+    return tree.shared

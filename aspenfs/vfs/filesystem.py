@@ -46,6 +46,7 @@ class RootTree(Tree):
 
     root = ROOT_INODE
     entry_timeout_s = attr_timeout_s = 3600.0
+    shared = False
 
     def __init__(self, trees: Sequence[Tree], now_ns: int) -> None:
         self.trees = {tree.name.encode(): tree for tree in trees}
@@ -176,7 +177,8 @@ class FileSystem:
 
     async def lookup(self, parent: int, name: bytes) -> tuple[int, Validity, Attr]:
         tree, node = self.locate(parent)
-        await self.coherence.barrier()
+        if tree.shared:
+            await self.coherence.barrier()
         try:
             if tree is self.root_tree:
                 tree, attr = await self._walk(tree, node, name)
@@ -214,9 +216,10 @@ class FileSystem:
 
     async def getattr(self, ino: int) -> tuple[Tree, Attr]:
         tree, node = self.locate(ino)
-        await self.coherence.strict_barrier()
+        if tree.shared:
+            await self.coherence.strict_barrier()
         attr = await tree.getattr(node)
-        if self.asks_anew(attr.mode):
+        if tree.shared and self.asks_anew(attr.mode):
             await self.coherence.barrier()
             attr = await tree.getattr(node)
         return tree, attr
@@ -324,7 +327,8 @@ class FileSystem:
     async def open(self, ino: int, flags: int, caller: Caller) -> tuple[int, OpenFile, bool]:
         """The last item: whether the kernel's pages of the file are right."""
         tree, node = self.locate(ino)
-        await self.coherence.barrier()
+        if tree.shared:
+            await self.coherence.barrier()
         target = await tree.open(node, flags, caller)
         return self._add_handle(tree, ino, target), target, self._keeps(ino, target)
 
@@ -358,7 +362,8 @@ class FileSystem:
 
     async def opendir(self, ino: int) -> None:
         """For the kernel that asks: what was committed anywhere before is in the listing that follows."""
-        await self.coherence.barrier()
+        if self.locate(ino)[0].shared:
+            await self.coherence.barrier()
 
     async def names(self, ino: int, position: int, limit: int) -> Sequence[tuple[bytes, int]]:
         """Up to `limit` names behind `position`, without . and .., see `Listings.after`."""

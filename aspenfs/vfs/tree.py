@@ -98,9 +98,9 @@ def is_write_back(flags: int, offset: int, length: int, size: int) -> bool:
 
 
 def must_append_whole(flags: int, alone: bool) -> bool:
-    """Whether a file must be opened past the page cache, because the kernel cuts a write through it at a page's
-    end: what another host appends could come between the parts. One that can be mapped can not: there
-    it is left to chance (docs/posix.md)."""
+    """Whether a file must be opened past the page cache, because the kernel cuts a write through it at a
+    page's end: what another host appends could come between the parts. One that may be mapped can not
+    be opened so; see `WriteBehind` and docs/posix.md."""
     return not alone and bool(flags & os.O_APPEND) and flags & os.O_ACCMODE == os.O_WRONLY
 
 
@@ -140,6 +140,7 @@ class Tree:
     attr_timeout_s: float = 1.0
     negative_timeout_s: float = 0.0
     writable = False
+    shared = True  # it shows the store: what other hosts have committed is waited for
 
     # A write may return before it is committed: each close(2) asks for its outcome (`OpenFile.flush`).
     write_behind = False

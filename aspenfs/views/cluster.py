@@ -121,6 +121,7 @@ class ClusterTree(Tree):
     root = ROOT
     # Neither names nor attributes ever change; contents are never cached.
     entry_timeout_s = attr_timeout_s = 3600.0
+    shared = False  # it answers without a quorum too: it says so
 
     def __init__(self, status: Callable[[], Status], now_ns: int, uid: int = 0, gid: int = 0) -> None:
         self.status = status

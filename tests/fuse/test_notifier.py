@@ -1,6 +1,8 @@
 """The notifier: what it tells and in which order, that it never blocks its caller, and real kernel caches."""
 
 import errno
+import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -204,6 +206,115 @@ def test_an_exception_of_the_callback_does_not_end_the_thread(
     assert kernel.told[-1] == (3, "attributes")
 
 
+# --- several threads ---
+
+
+class Held(Kernel):
+    """Takes calls for `slow` inodes or directories only when the gate is open."""
+
+    def __init__(self, *slow: int) -> None:
+        super().__init__()
+        self.slow = set(slow)
+        self.gate.clear()
+
+    def _take(self, what: tuple[object, ...]) -> None:
+        self.entered.release()
+        if what[0] in self.slow:
+            assert self.gate.wait(10)
+        self.told.append(what)
+        if self.failure is not None:
+            raise self.failure
+
+
+def test_a_directory_that_is_held_up_holds_up_no_other_and_no_inode() -> None:
+    kernel = Held(1, 2, 3, 4)
+    notifier = kernel.notifier(workers=4)
+    for directory in (1, 2, 3, 4):
+        for name in (b"a", b"b"):
+            notifier.entry(directory, name)
+    notifier.touch(7, data=True)
+    _wait_until(lambda: (7, "all") in kernel.told)
+    assert [what for what in kernel.told if what[0] != 7] == []
+    kernel.gate.set()
+    assert notifier.stop(5)
+    assert sorted(what for what in kernel.told if what[0] != 7) == [
+        (directory, name) for directory in (1, 2, 3, 4) for name in (b"a", b"b")
+    ]  # fmt: skip
+
+
+def test_one_inode_is_told_of_by_one_thread_at_a_time_and_again_if_it_changed() -> None:
+    kernel = Held(5)
+    notifier = kernel.notifier(workers=4)
+    notifier.touch(5, data=True)
+    assert kernel.entered.acquire(timeout=5)
+    for _ in range(3):
+        notifier.touch(5, data=True)
+    notifier.touch(6, data=False)
+    _wait_until(lambda: (6, "attributes") in kernel.told)
+    assert not kernel.entered.acquire(timeout=0.05) or not kernel.entered.acquire(timeout=0.05)
+    kernel.gate.set()
+    assert notifier.stop(5)
+    assert kernel.told.count((5, "all")) == 2
+
+
+def test_pages_count_as_old_until_the_kernel_has_dropped_them() -> None:
+    kernel = Held(5)
+    notifier = kernel.notifier(workers=2)
+    assert not notifier.is_untold(5)
+    notifier.touch(5, data=False)
+    assert not notifier.is_untold(5)
+    notifier.touch(5, data=True)
+    assert notifier.is_untold(5)
+    notifier.touch(5, data=True)
+    assert kernel.entered.acquire(timeout=5)
+    assert notifier.is_untold(5)
+    assert not notifier.is_untold(6)
+    kernel.gate.set()
+    _wait_until(lambda: not notifier.is_untold(5))
+    assert notifier.stop(5)
+
+
+def test_until_everything_is_told_all_pages_count_as_old() -> None:
+    kernel, doubts = Held(5), []
+
+    def doubt() -> bool:
+        doubts.append(True)
+        return True
+
+    notifier = kernel.notifier(lambda: [4, 5], workers=2, doubt_names=doubt)
+    notifier.touch(9, data=True)
+    notifier.everything()
+    assert kernel.entered.acquire(timeout=5)
+    assert notifier.is_untold(1)
+    kernel.gate.set()
+    _wait_until(lambda: not notifier.is_untold(1))
+    assert not notifier.is_untold(9)
+    assert notifier.stop(5)
+    assert kernel.told[-2:] == [(4, "all"), (5, "all")]
+    assert doubts == [True]
+
+
+def test_what_the_kernel_should_know_and_does_not_is_told_once_more(kernel: Kernel) -> None:
+    """A LOOKUP that was answered before the change may be on its way."""
+    kernel.failure = FileNotFoundError(errno.ENOENT, "not known")
+    notifier = kernel.notifier(is_known={7}.__contains__)
+    notifier.touch(7, data=True)
+    notifier.touch(8, data=False)
+    _wait_until(lambda: len(kernel.told) == 3)
+    assert kernel.told == [(7, "all"), (8, "attributes"), (7, "attributes")]
+    assert notifier.stop()
+    assert len(kernel.told) == 3
+
+
+def test_attributes_are_dropped_at_once_in_the_callers_thread(kernel: Kernel) -> None:
+    kernel.failure = FileNotFoundError(errno.ENOENT, "not known")
+    notifier = kernel.notifier()
+    notifier.drop_attributes(3)
+    assert kernel.told == [(3, "attributes")]
+    assert notifier.statistics()[1:3] == (1, 1)
+    assert notifier.stop()
+
+
 # --- the real kernel; entries and attributes are cached for a minute ---
 
 
@@ -270,6 +381,21 @@ def test_entry_invalidation_makes_a_removed_name_vanish(mountpoint: Path) -> Non
         toy.ask("entry f")
         _told(toy, 1)
         assert toy.run_in_mount(exists) == "False"
+
+
+@pytest.mark.mount
+def test_everything_makes_a_removed_name_vanish_too(mountpoint: Path) -> None:
+    kernel = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
+    with ToyDaemon(mountpoint, "--timeout", "60") as toy:
+        toy.ask("grow f 10")
+        looks = "print(os.path.exists(m + '/f'), os.stat(m).st_ino)"
+        assert toy.run_in_mount(looks).split()[0] == "True"
+        toy.ask("drop f")
+        assert toy.run_in_mount(looks).split()[0] == "True"
+        toy.ask("everything")
+        _told(toy, 1)
+        # Where names can not be doubted, they stay for their timeout.
+        assert toy.run_in_mount(looks).split()[0] == str(kernel < (6, 16))
 
 
 @pytest.mark.mount

@@ -246,6 +246,8 @@ def _command(operations: ToyOperations, notifier: Notifier, command: Sequence[by
             notifier.touch(root.children[name].attributes.st_ino, data=kind == b"data")
         case [b"entry", name]:
             notifier.entry(pyfuse3.ROOT_INODE, name)
+        case [b"everything"]:
+            notifier.everything()
         case [b"ino", name]:
             _answer(ino=root.children[name].attributes.st_ino)
             return
