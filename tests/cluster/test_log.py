@@ -165,6 +165,7 @@ def test_a_sync_of_an_entry_since_replaced_says_nothing() -> None:
     log.maybe_append(1, 1, entries(2, 2), 2)
     log.take_unwritten()
     assert not log.persisted_to(2, 1)  # it ends
+    assert not log.persisted_to(2, 3)
     assert log.persisted == 1
     assert log.persisted_to(2, 2)
 

@@ -84,6 +84,24 @@ def test_a_leader_does_not_count_itself_before_its_own_sync() -> None:
     assert leader.raft.commit == index
 
 
+def test_a_leader_counts_of_its_own_disk_what_was_written_when_the_sync_began() -> None:
+    cluster = Cluster(2)
+    leader = cluster.elect(1)
+    first = cluster.propose(1, b"x")
+    leader.pump()
+    leader.begin_sync()
+    cluster.propose(1, b"y")
+    leader.pump()
+    for _ in range(2):
+        cluster.deliver(cluster.mail.popleft())
+        cluster[2].pump()
+    cluster[2].sync()
+    while cluster.mail:
+        cluster.deliver(cluster.mail.popleft())
+    leader.end_sync()
+    assert leader.raft.commit == first
+
+
 def test_a_follower_acknowledges_when_its_disk_has_it() -> None:
     cluster = Cluster(3)
     cluster.elect(1)
@@ -362,6 +380,35 @@ def test_a_follower_that_applies_slowly_is_not_flooded_and_catches_up() -> None:
     cluster.tick(10 * HEARTBEAT_TICKS)
     assert len(slow.data) == 20
     assert leader.leads
+
+
+def test_a_log_full_of_what_was_not_applied_before_a_crash_is_no_reason_to_take_nothing() -> None:
+    cluster = Cluster(3, max_unapplied_bytes=500)
+    cluster.elect(1)
+    for _ in range(10):
+        cluster.propose(1, bytes(136))
+        cluster.settle()
+    for node in cluster.running:
+        node.crash()  # their states were never synced
+    for node in cluster.nodes.values():
+        node.start()
+    cluster.tick(4 * ELECTION_TICKS)
+    assert cluster.leader is not None
+    assert [len(node.data) for node in cluster.nodes.values()] == [10, 10, 10]
+
+
+def test_entries_of_earlier_terms_in_the_place_of_void_ones_are_no_reason_to_take_nothing() -> None:
+    """A sync is believed again with the first entry of the leader's own term: it must get through."""
+    cluster = Cluster(3, max_unapplied_bytes=100, max_append_bytes=1)
+    for node, terms in ((1, (1,) * 8), (2, (1,) * 8), (3, (1, 2, 2))):
+        give_log(cluster[node], *terms, term=2)
+    cluster.isolate(3)
+    cluster[1].raft._campaign()
+    cluster.settle()
+    cluster.heal()
+    cluster.tick(10 * HEARTBEAT_TICKS)
+    assert cluster[3].raft.commit == 9
+    assert cluster[3].state.index == 9
 
 
 def test_an_answer_about_a_log_that_the_leader_does_not_have_is_ignored() -> None:
