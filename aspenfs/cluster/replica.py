@@ -22,6 +22,7 @@ from aspenfs.cluster.types import Configuration, Entry, EntryKind, HardState, Re
 from aspenfs.limits import (
     ELECTION_TICKS,
     PROPOSAL_TIMEOUT_MS,
+    PROPOSALS_BYTES_MAX,
     RAFT_APPEND_BYTES_MAX,
     RAFT_LOG_BYTES_MAX,
     TICK_MS,
@@ -35,9 +36,11 @@ _NS_PER_MS: Final = 1_000_000
 # an election timeout, less the greatest drift of two clocks, less the tick that a follower may be
 # ahead, less 10 ms for what nobody thought of.
 LEASE_NS: Final = (ELECTION_TICKS * TICK_MS * 999 // 1000 - TICK_MS - 10) * _NS_PER_MS
-_RESEND_TICKS: Final = 8  # a proposal or read that the leader did not acknowledge is sent again
+_RESEND_TICKS: Final = 4  # a proposal or read that the leader did not acknowledge is sent again
 _READ_LATELY_TICKS: Final = 20  # a leader that nobody reads from lets its lease lapse
 _LOG_BYTES_MAX_ALONE: Final = 1 << 20
+_QUEUE_BYTES_ENOUGH: Final = 256 << 10  # are worth a write of their own
+_HELD_BACK_MAX: Final = 256  # proposals that wait for an answer to those before them
 
 Done = Callable[[object], object]  # gets the result of `Owner.apply`, or an AspenError
 
@@ -112,6 +115,10 @@ class Replica:
         self._some_expired = False  # some of those sent have nobody who waits
         self._resent_tick = -1  # when the leader last complained of a gap
         self.proposed_bytes = 0  # of proposals not yet resolved
+        # As a leader: what was taken, from this node and from others, and is not yet in the log, because a
+        # sync is under way: it could not be committed before the next one, and one write for all is cheaper.
+        self._queue: list[tuple[int, bytes]] = []
+        self._queue_bytes = self._queue_term = 0
         # As a leader: the last number taken from each node in `_taken_term`.
         self._taken: dict[int, int] = {}
         self._taken_term = 0
@@ -221,6 +228,7 @@ class Replica:
     def snapshot_installed(self, snapshot: Snapshot) -> None:
         """The state is at `snapshot`, and so is the log; waiters whose entry it may cover are told so."""
         self._installing = None
+        self.raft.suspended = False
         self.raft.snapshot_installed(snapshot)
         for key, proposal in list(self._sent.items()):
             if key[0] <= snapshot.term:
@@ -244,6 +252,11 @@ class Replica:
         if lost:
             self._resolve(self._sent.pop(key), None)
 
+    @property
+    def installing(self) -> Snapshot | None:
+        """The snapshot that the leader offered and the owner is fetching."""
+        return self._installing
+
     def snapshot_failed(self) -> None:
         """It could not be had; the leader offers another one."""
         self._installing = None
@@ -256,13 +269,38 @@ class Replica:
         raft.set_snapshot(snapshot)
         limit = _LOG_BYTES_MAX_ALONE if self.alone else RAFT_LOG_BYTES_MAX
         if raft.log.bytes > limit:
-            raft.compact(min(snapshot.index, raft.log.index_of_tail(limit // 2)))
+            raft.compact(min(snapshot.index, raft.log.applied, raft.log.index_of_tail(limit // 2)))
+
+    def suspend(self, error: errors.AspenError) -> None:
+        """The state is not to be built upon: nothing is applied until `resume`, or until a snapshot was
+        installed. Everybody who waits gets `error`; what they proposed may be applied later all the same.
+
+        The log goes on: this node votes, takes entries, and may lead.
+        """
+        self.raft.suspended = True
+        for proposal in self._sent.values():  # their numbers stay in use: see `_hidden`
+            if not proposal.expired:
+                self._done.append((proposal.done, error))
+                proposal.expired = self._some_expired = True
+        self._end_others(error)
+
+    def resume(self) -> None:
+        """The owner's state is a good one again, not behind what was applied, and the log leads on from it."""
+        self.raft.suspended = False
+        self._look()
+        self.pump()
 
     def stop(self, error: errors.AspenError) -> None:
         """The node stops: everybody who waits gets `error`."""
-        for proposal in [*self._sent.values(), *self._unsent]:
+        for proposal in self._sent.values():
             self._resolve(proposal, error)
         self._sent.clear()
+        self._end_others(error)
+
+    def _end_others(self, error: errors.AspenError) -> None:
+        """Who waits for anything but a proposal that was sent."""
+        for proposal in self._unsent:
+            self._resolve(proposal, error)
         self._unsent.clear()
         for read in [*self._next_reads, *self._round_reads, *(read for _, read in self._ready_reads)]:
             self._done.append((read.done, error))
@@ -277,6 +315,8 @@ class Replica:
         while True:
             if self._unsent:
                 self._send_proposals()
+            if self._queue:
+                self._append_queue()
             if self._next_reads and not self._round:
                 self._start_round()
             if self._stalled is not None and not self._write_stalled():
@@ -360,7 +400,9 @@ class Replica:
         for entry in committed:
             index, kind = entry.index, entry.kind
             if index <= evaluated:
-                continue  # when it was accepted
+                if kind != EntryKind.NORMAL or not entry.data:
+                    self._passed_over(entry)
+                continue  # evaluated when it was accepted, or by the node whose state this one took over
             if kind == EntryKind.PROPOSAL:
                 self._apply_proposal(entry)
             elif kind == EntryKind.CONFIGURATION:
@@ -375,9 +417,25 @@ class Replica:
         owner.committed(last)
         raft.applied_to(last)
 
+    def _passed_over(self, entry: Entry) -> None:
+        """The state machine has this entry: what it means for the core, and for who waits for it."""
+        if entry.kind == EntryKind.CONFIGURATION:
+            self.raft.apply_configuration(ConfigurationChange.decode(entry.data))
+        elif entry.kind == EntryKind.PROPOSAL:
+            node, number = HEADER.unpack_from(entry.data)
+            proposal = self._sent.pop((entry.term, number), None) if node == self.raft.node_id else None
+            if proposal is not None:
+                self._resolve(proposal, errors.OutcomeUnknown("this node took over a newer state meanwhile"))
+        else:
+            self._term_began(entry.term)
+
     def _apply_proposal(self, entry: Entry) -> None:
         node, number = HEADER.unpack_from(entry.data)
-        proposal = self._sent.pop((entry.term, number), None) if node == self.raft.node_id else None
+        own = node == self.raft.node_id
+        if own and entry.term == self._count_term:
+            # The answer that the leader has it may have been lost, and those behind it wait for that.
+            self._acknowledged = max(self._acknowledged, number)
+        proposal = self._sent.pop((entry.term, number), None) if own else None
         if proposal is None:
             self._owner.apply(entry, None)
         else:
@@ -410,6 +468,12 @@ class Replica:
             return
         if term != self._count_term:
             self._count_term, self._count, self._acknowledged = term, 0, 0
+        leads = leader == raft.node_id
+        if leads and self._queue_bytes > PROPOSALS_BYTES_MAX:
+            return
+        if (not leads and self._count and self._acknowledged < self._incarnation | self._count
+                and len(self._unsent) < _HELD_BACK_MAX):  # fmt: skip
+            return  # they go together when the leader has answered the last ones
         batch: list[tuple[int, bytes]] = []
         size = 0
         unsent, sent = self._unsent, self._sent
@@ -423,13 +487,8 @@ class Replica:
             batch.append((number, payload))
             taken.append((number, proposal))
             size += len(payload)
-        if leader == raft.node_id:
-            try:
-                raft.propose([(EntryKind.PROPOSAL, payload) for _, payload in batch])
-            except errors.AspenError:  # Overloaded, or it has just begun to hand over: later
-                self._count -= len(taken)
-                unsent.extendleft(reversed([proposal for _, proposal in taken]))
-                return
+        if leads:
+            self._enqueue([payload for _, payload in batch], size)
         else:
             self._forward(leader, term, batch)
         for number, proposal in taken:
@@ -499,7 +558,9 @@ class Replica:
         if self._taken_term != raft.term:
             self._taken, self._taken_term = {}, raft.term
         last = self._taken.get(node, 0)
-        new: list[tuple[int, bytes]] = []
+        if self._queue_bytes > PROPOSALS_BYTES_MAX:
+            return  # it will be sent again
+        new: list[bytes] = []
         gap = False
         for entry in message.entries:
             number = entry.index
@@ -511,15 +572,38 @@ class Replica:
                 break
             if entry.data[:16] != HEADER.pack(node, number):
                 break  # it speaks for another node: nothing of it is taken
-            new.append((EntryKind.PROPOSAL, entry.data))
+            new.append(entry.data)
             last = number
         if new:
-            try:
-                raft.propose(new)
-            except errors.AspenError:  # Overloaded or handing over: it will be sent again
-                return
             self._taken[node] = last
+            self._enqueue(new, sum(map(len, new)))
         self._answer_proposals(node, raft.term, last, refused_for=raft.node_id if gap else 0)
+
+    def _enqueue(self, payloads: Sequence[bytes], size: int) -> None:
+        if self._queue_term != self.raft.term:
+            self._queue, self._queue_bytes, self._queue_term = [], 0, self.raft.term
+        self._queue += [(EntryKind.PROPOSAL, payload) for payload in payloads]
+        self._queue_bytes += size
+
+    def _append_queue(self) -> None:
+        """Into the log, unless it is better to wait. What was taken under another term is nobody's any more:
+        its proposers see that term end."""
+        raft = self.raft
+        if raft.role is not Role.LEADER or raft.term != self._queue_term:
+            self._queue, self._queue_bytes = [], 0
+            return
+        if self._written > self._synced and self._queue_bytes < _QUEUE_BYTES_ENOUGH:
+            return
+        count, size = 0, 0
+        while count < len(self._queue) and size < RAFT_APPEND_BYTES_MAX:
+            size += len(self._queue[count][1])
+            count += 1
+        try:
+            raft.propose(self._queue[:count])
+        except errors.AspenError:  # Overloaded, or handing over: later
+            return
+        del self._queue[:count]
+        self._queue_bytes -= size
 
     def _answer_proposals(self, node: int, term: int, last: int, *, refused_for: int) -> None:
         answer = Message(MessageType.PROP_RESP, node, self.raft.node_id, term, index=last,
