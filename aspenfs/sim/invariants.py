@@ -160,7 +160,8 @@ class Invariants:
         if len(pending) > 1:
             raise Violation("one-configuration", f"leader {node} has uncommitted configurations at {pending}")
         term = record.terms[record.last]
-        if pending and record.committed_own_term != term:
+        alone = record.voters.voters == (node,) and not record.voters.outgoing
+        if pending and record.committed_own_term != term and not alone:
             raise Violation("configuration-after-commit",
                             f"leader {node} changes it before it committed in term {term}")  # fmt: skip
 
@@ -195,7 +196,8 @@ class Invariants:
     def started(self, node: int, base: int, entries: Sequence[Entry], hard: HardState, applied: int,
                 applied_term: int, configuration: Configuration, own_ns: int) -> None:  # fmt: skip
         """A life begins with what was found on the disk: the log's `entries`, which begin behind `base`,
-        and a state. All that was durable must be there."""
+        and a state. All that was durable must be there. `own_ns` 0: no life before could have promised
+        anybody anything."""
         record = self.node(node)
         if hard < record.hard_durable:
             raise Violation("term-monotone", f"node {node} forgot {record.hard_durable}, it has {hard}")
@@ -281,7 +283,7 @@ class Invariants:
             raise Violation("stickiness", f"node {node} grants {candidate} a vote "
                                           f"{since // MS} ms after it heard of its leader")  # fmt: skip
         since = own_ns - record.started_ns
-        if since < STICKY_NS:
+        if record.started_ns and since < STICKY_NS:
             raise Violation("stickiness", f"node {node} grants {candidate} a vote "
                                           f"{since // MS} ms after it started")  # fmt: skip
 

@@ -36,7 +36,7 @@ from aspenfs.runtime.statedb import StateDb
 from aspenfs.runtime.syncer import Syncer
 from aspenfs.runtime.wal import Wal
 from aspenfs.runtime.wal_recovery import SPARE
-from aspenfs.sim.clock import SimClock
+from aspenfs.sim.clock import DRIFT_PPM_MAX, SimClock
 from aspenfs.sim.disk import SimDisk, SimulatedCrash
 from aspenfs.sim.invariants import Violation
 from aspenfs.sim.scheduler import MS, SECOND, Streams
@@ -61,6 +61,7 @@ class Machine:
         self.rng = streams.stream("machine")
         self.clock = SimClock(cluster.scheduler, boot_ns=self.rng.randrange(1_000 * SECOND),
                               wall_offset_ns=self.rng.randrange(-2 * SECOND, 2 * SECOND))  # fmt: skip
+        self.clock.set_drift(self.rng.randint(-DRIFT_PPM_MAX, DRIFT_PPM_MAX))
         self.disk = SimDisk(self.rng.getrandbits(32))
         self.disk.gate = self._gate
         self.state = SimState()
@@ -198,7 +199,8 @@ class Process(Consensus):
         self.run_inline = False
         self.snapshot_wanted = self._fetch
         self.invariants.started(self.node, wal.first_index - 1, entries, hard_state_of(wal), applied,
-                                term_of(state), configuration, machine.clock.monotonic_ns())  # fmt: skip
+                                term_of(state), configuration,
+                                0 if machine.incarnation == 1 else machine.clock.monotonic_ns())  # fmt: skip
         self.invariants.check_state(self.node, state, applied)
         self.alone_at_start = configuration == Configuration((self.node,))
         found = recovery.replay(wal, "wal", cast(StateDb, state), engine, cast(Applier, self.evaluated),
@@ -226,7 +228,11 @@ class Process(Consensus):
         return self.settings.make_raft(
             self.node, configuration, hard_state=hard, entries=tail, base_index=revision,
             base_term=self.term_at(revision), applied=revision, random=self.machine.rng.randrange,
-            fresh=self.machine.incarnation == 1)  # fmt: skip
+            fresh=self._fresh)  # fmt: skip
+
+    @property
+    def _fresh(self) -> bool:
+        return self.machine.incarnation == 1
 
     def begin(self) -> None:
         self._plan_tick()
@@ -601,7 +607,7 @@ class Process(Consensus):
         self._effect()
         self.engine.rebase(index)
         snapshot = Snapshot(index, term, configuration_of(machine.state))
-        self.rebase(snapshot)
+        self.rebase(snapshot, keeps_log=False)
         self.cluster.trace(f"node {self.node} installs a snapshot of {index}")
         self.replica.snapshot_installed(snapshot)
         self._tell_committed()
