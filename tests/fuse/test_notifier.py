@@ -210,36 +210,49 @@ def test_an_exception_of_the_callback_does_not_end_the_thread(
 
 
 class Held(Kernel):
-    """Takes calls for `slow` inodes or directories only when the gate is open."""
+    """Takes each call for one of the `slow` inodes or directories only when it gets a token."""
 
     def __init__(self, *slow: int) -> None:
         super().__init__()
         self.slow = set(slow)
-        self.gate.clear()
+        self.tokens = threading.Semaphore(0)
 
     def _take(self, what: tuple[object, ...]) -> None:
         self.entered.release()
         if what[0] in self.slow:
-            assert self.gate.wait(10)
+            assert self.tokens.acquire(timeout=10)
         self.told.append(what)
-        if self.failure is not None:
-            raise self.failure
+
+    def go_on(self, calls: int = 1000) -> None:
+        for _ in range(calls):
+            self.tokens.release()
 
 
 def test_a_directory_that_is_held_up_holds_up_no_other_and_no_inode() -> None:
-    kernel = Held(1, 2, 3, 4)
+    kernel = Held(1, 2)
     notifier = kernel.notifier(workers=4)
-    for directory in (1, 2, 3, 4):
-        for name in (b"a", b"b"):
-            notifier.entry(directory, name)
+    for directory in (1, 2, 3):
+        for name in range(200):
+            notifier.entry(directory, b"%d" % name)
     notifier.touch(7, data=True)
     _wait_until(lambda: (7, "all") in kernel.told)
-    assert [what for what in kernel.told if what[0] != 7] == []
-    kernel.gate.set()
+    _wait_until(lambda: len(kernel.told) == 201)
+    assert {what[0] for what in kernel.told} == {3, 7}
+    kernel.go_on()
     assert notifier.stop(5)
-    assert sorted(what for what in kernel.told if what[0] != 7) == [
-        (directory, name) for directory in (1, 2, 3, 4) for name in (b"a", b"b")
-    ]  # fmt: skip
+    assert len(kernel.told) == 601
+
+
+def test_names_that_are_all_held_up_hold_up_no_inode() -> None:
+    kernel = Held(*range(1, 9))
+    notifier = kernel.notifier(workers=4)
+    for directory in kernel.slow:
+        notifier.entry(directory, b"name")
+    notifier.touch(70, data=True)
+    _wait_until(lambda: kernel.told == [(70, "all")])
+    kernel.go_on()
+    assert notifier.stop(5)
+    assert len(kernel.told) == 9
 
 
 def test_one_inode_is_told_of_by_one_thread_at_a_time_and_again_if_it_changed() -> None:
@@ -252,7 +265,7 @@ def test_one_inode_is_told_of_by_one_thread_at_a_time_and_again_if_it_changed() 
     notifier.touch(6, data=False)
     _wait_until(lambda: (6, "attributes") in kernel.told)
     assert not kernel.entered.acquire(timeout=0.05) or not kernel.entered.acquire(timeout=0.05)
-    kernel.gate.set()
+    kernel.go_on()
     assert notifier.stop(5)
     assert kernel.told.count((5, "all")) == 2
 
@@ -267,9 +280,12 @@ def test_pages_count_as_old_until_the_kernel_has_dropped_them() -> None:
     assert notifier.is_untold(5)
     notifier.touch(5, data=True)
     assert kernel.entered.acquire(timeout=5)
-    assert notifier.is_untold(5)
+    notifier.touch(5, data=True)  # while the kernel is told of it
     assert not notifier.is_untold(6)
-    kernel.gate.set()
+    kernel.go_on(1)
+    assert kernel.entered.acquire(timeout=5)
+    assert notifier.is_untold(5)
+    kernel.go_on()
     _wait_until(lambda: not notifier.is_untold(5))
     assert notifier.stop(5)
 
@@ -286,7 +302,7 @@ def test_until_everything_is_told_all_pages_count_as_old() -> None:
     notifier.everything()
     assert kernel.entered.acquire(timeout=5)
     assert notifier.is_untold(1)
-    kernel.gate.set()
+    kernel.go_on()
     _wait_until(lambda: not notifier.is_untold(1))
     assert not notifier.is_untold(9)
     assert notifier.stop(5)
