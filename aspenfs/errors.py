@@ -28,7 +28,8 @@ it is logged with its traceback and answered with EIO.
     │   ├── PeerUnreachable EHOSTUNREACH  ├── IdentityLost      ESTALE
     │   ├── TicketMalformed EINVAL        ├── TicketExpired     EKEYEXPIRED
     │   ├── TicketUnknown   ENOKEY        ├── TicketUsed        EKEYREVOKED
-    │   └── ForeignCluster  EKEYREJECTED
+    │   ├── ForeignCluster  EKEYREJECTED
+    │   └── Diverged        EIO
     ├── ControlError                      (between a daemon and its clients)
     │   ├── Unreachable     ENOTCONN      ├── ProtocolError     EPROTO
     │   └── RemoteFailure   EREMOTEIO
@@ -264,6 +265,12 @@ class ForeignCluster(ClusterError):
     """Who answers does not belong to the cluster that was expected."""
 
     errno = _errno.EKEYREJECTED
+
+
+class Diverged(ClusterError):
+    """This node's state is not what the log made of it on the other nodes: it answers nothing from it."""
+
+    errno = _errno.EIO
 
 
 class ControlError(AspenError):

@@ -93,6 +93,7 @@ class Core:
         self._acknowledged = 0  # the highest one that the leader got in this term
         self._wanted: Snapshot | None = None  # is being fetched
         self._wanted_due = False  # the owner does not know yet
+        self.suspended = False  # set by the owner: its state is not to be built upon, nothing is handed out
 
         self._messages: list[Message] = []
         self._messages_after_sync: list[Message] = []

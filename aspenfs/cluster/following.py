@@ -8,7 +8,7 @@ from typing import Final
 from aspenfs.cluster.core import FOLLOWER, LEADER
 from aspenfs.cluster.election import Election
 from aspenfs.cluster.messages import Message, MessageType
-from aspenfs.cluster.types import Snapshot
+from aspenfs.cluster.types import NOBODY, Snapshot
 
 _APP_RESP: Final = MessageType.APP_RESP
 _HEARTBEAT_RESP: Final = MessageType.HEARTBEAT_RESP
@@ -100,6 +100,24 @@ class Following(Election):
         self._restore(snapshot.configuration)
         if self.leader:
             self._acknowledge(snapshot.index)
+
+    def keeps_log(self, snapshot: Snapshot) -> bool:
+        """The owner is about to take over a state that it has fetched of its own accord, not behind what it
+        has applied: whether the log leads on from there (Log Matching, Raft §5.3), and stays.
+
+        If not, what the log has and this state has not is of no account to anybody: it ends before
+        `snapshot`, or has something else in its place. It is to be emptied then, and until
+        `snapshot_installed` nothing is taken or acknowledged, as if a leader had sent that snapshot.
+        """
+        if self._wanted is None and self.log.matches(snapshot.index, snapshot.term):
+            self.log.commit_to(snapshot.index)
+            return True
+        if self._wanted is None:
+            assert self.role is not LEADER, f"a leader without the committed entry {snapshot.index}"
+            if self.role is not FOLLOWER:
+                self._become_follower(self.term, NOBODY)
+            self._wanted = snapshot
+        return False
 
     def snapshot_failed(self) -> None:
         """The snapshot asked for can not be had. The log goes on as it is; the leader offers again."""

@@ -47,7 +47,8 @@ _TIMEOUT_NOW: Final = MessageType.TIMEOUT_NOW
 
 class Raft(Following):
     """A node. Attributes without underscore are to be read, not set: node_id, log, role, term, leader (0:
-    not known), configuration, committed_in_term, transferred_in_term."""
+    not known), configuration, committed_in_term, transferred_in_term. `suspended` may be set: as long as it
+    is, nothing is handed out for applying."""
 
     def __init__(
         self,
@@ -223,6 +224,10 @@ class Raft(Following):
     # --- output ---
 
     @property
+    def _applies(self) -> bool:
+        return self._wanted is None and not self.suspended
+
+    @property
     def has_ready(self) -> bool:
         log, known = self.log, self._hard_state
         return bool(
@@ -231,7 +236,7 @@ class Raft(Following):
             or self._acknowledgement
             or self._messages_after_sync
             or log.written < log.last_index
-            or (log.has_next_committed and self._wanted is None)
+            or (log.has_next_committed and self._applies)
             or self._read_states
             or self.term != known.term
             or self._vote != known.vote
@@ -261,7 +266,7 @@ class Raft(Following):
         reads, self._read_states = self._read_states, []
         snapshot = self._wanted if self._wanted_due else None
         self._wanted_due = False
-        committed = log.take_committed(RAFT_APPLY_BYTES_MAX) if self._wanted is None else []
+        committed = log.take_committed(RAFT_APPLY_BYTES_MAX) if self._applies else []
         must_sync = bool(entries) or hard_state is not None or truncate_after is not None
         return Ready(
             truncate_after, entries, hard_state, must_sync, messages, after_sync, snapshot, committed, reads

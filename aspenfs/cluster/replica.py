@@ -285,7 +285,7 @@ class Replica:
         self._end_others(error)
 
     def resume(self) -> None:
-        """The owner's state is a good one again, not behind what was applied, and the log leads on from it."""
+        """The owner's state is a good one again, not behind what was applied; the log leads on from there."""
         self.raft.suspended = False
         self._look()
         self.pump()

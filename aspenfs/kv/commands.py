@@ -25,7 +25,7 @@ from aspenfs.limits import (
 )
 
 FORMAT = 1
-TXN, LEASE_GRANT, LEASE_KEEPALIVE, LEASE_REVOKE, LEASE_EXPIRE, COMPACT, NOOP = range(1, 8)
+TXN, LEASE_GRANT, LEASE_KEEPALIVE, LEASE_REVOKE, LEASE_EXPIRE, COMPACT, NOOP, CHECKPOINT = range(1, 9)
 CLIENT_BYTES = 16
 
 _HISTORY_KEY_BYTES_MAX = KEY_BYTES_MAX + 2
@@ -37,7 +37,8 @@ TxnBody = tuple[Sequence[Compare], Sequence[Operation], Sequence[Operation]]
 
 class Command(NamedTuple):
     """`time_ns` is the proposer's wall clock. Bodies: TXN (compares, then, else_); LEASE_GRANT (lease,
-    ttl_ms); LEASE_KEEPALIVE and LEASE_REVOKE (lease,); LEASE_EXPIRE leases; COMPACT (revision,); NOOP ()."""
+    ttl_ms); LEASE_KEEPALIVE and LEASE_REVOKE (lease,); LEASE_EXPIRE leases; COMPACT (revision,); NOOP and
+    CHECKPOINT ()."""
 
     kind: int
     time_ns: int
@@ -92,7 +93,7 @@ def _check(command: Command, encoded_len: int) -> None:
     elif kind == LEASE_EXPIRE:
         for lease in body:
             check_natural(lease)
-    elif kind != NOOP or body:
+    elif kind not in (NOOP, CHECKPOINT) or body:
         raise errors.InvalidArgument(f"unknown kind of command: {kind}")
 
 

@@ -111,6 +111,10 @@ class Engine:
         commands.check_natural(revision)
         return self._command(commands.COMPACT, revision)
 
+    def checkpoint_command(self) -> Command:
+        """Changes nothing; its index is the result. Every node has its state at that very index looked at."""
+        return self._command(commands.CHECKPOINT)
+
     def compaction_due(self) -> int | None:
         """The revision to compact at so that HISTORY_REVISIONS are left; None while it is not worth it."""
         excess = len(self._history) - HISTORY_REVISIONS
@@ -185,13 +189,13 @@ class Engine:
         )
 
     def rebase(self, index: int) -> None:
-        """The base is another state now, that of entry `index`, ahead of all that was accepted here.
+        """The base is another state now, that of entry `index`, not behind what was accepted here.
 
         What was accepted and is not in it is forgotten: its fate is not known here. Who waits for a
         revision up to `index` is told that it is committed; watchers get Lagged, and watch again from
         where they were. Observers are not called: the owner has them look at everything anew.
         """
-        assert index > self._last, f"a state of entry {index} after {self._last}"
+        assert index >= self._last, f"a state of entry {index} after {self._last}"
         self.overlay.discard_after(-1)
         self._uncommitted.clear()
         self._last = index

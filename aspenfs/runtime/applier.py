@@ -4,7 +4,8 @@ Belongs here: what a batch is, patience with a full disk, giving way to the loop
 apply (`host.py`), the transaction itself (`statedb.py`).
 
 The loop hands over effects entry by entry (`add`), then tells how far the log is committed
-(`request`). A batch is a whole number of entries, each key once with its newest record. When it is
+(`request`). A batch is a whole number of entries, each key once with its newest record, and ends where a
+checkpoint is: so all nodes have, for a moment, the state at that very entry on their disks. When it is
 in the state the loop gets the indices at which the overlay may be settled step by step: dropping
 tens of thousands of effects at once would stall it.
 
@@ -45,7 +46,10 @@ class Applier:
         self.state = state
         self._meta_at = meta_at or _no_meta
         self._applied, self._stalled, self._failed = applied, stalled, failed
+        # Called in the thread, when the state has everything up to a checkpoint and nothing behind it.
+        self.at_checkpoint: Callable[[int], object] | None = None
         self._backlog: deque[tuple[int, Effects]] = deque()
+        self._checkpoints: deque[int] = deque()  # entries with which a batch ends
         self._queue: SimpleQueue[int] = SimpleQueue()  # wakes the thread: _APPLY, _SYNC or _STOP
         self._requested = 0
         self._stopping = threading.Event()
@@ -59,6 +63,10 @@ class Applier:
         """The effects of entry `index`, in order of the entries."""
         self._backlog.append((index, effects))
 
+    def checkpoint(self, index: int) -> None:
+        """A batch is to end with entry `index`, which is the next to be added."""
+        self._checkpoints.append(index)
+
     def discard_after(self, index: int) -> None:
         """Forget entries above `index`, none of which is committed."""
         while self._backlog and self._backlog[-1][0] > index:
@@ -67,6 +75,7 @@ class Applier:
     def rebase(self, index: int) -> None:
         """The state has all up to `index` from elsewhere; no thread runs. What waits is forgotten."""
         self._backlog.clear()
+        self._checkpoints.clear()
         self._requested = index
 
     def request(self, index: int) -> None:
@@ -104,6 +113,7 @@ class Applier:
             except NoSpace:
                 self._backlog.appendleft((batch_steps[-1], items))
                 raise
+            self._is_checkpoint(batch_steps[-1])
             steps += batch_steps
         return steps
 
@@ -134,7 +144,16 @@ class Applier:
                 return
             attempt += 1
         self.batches += 1
+        if self._is_checkpoint(steps[-1]) and self.at_checkpoint is not None:
+            self.at_checkpoint(steps[-1])
         loop.run_sync_soon(self._applied, steps)
+
+    def _is_checkpoint(self, index: int) -> bool:
+        """Whether the batch that ends with `index`, now in the state, had to end there."""
+        if not self._checkpoints or index < self._checkpoints[0]:
+            return False
+        self._checkpoints.popleft()
+        return True
 
     def _breathe(self) -> None:
         if not self.hurried:
@@ -146,8 +165,9 @@ class Applier:
         newest: dict[bytes, Record | None] = {}
         steps: list[int] = []
         index = in_step = size = 0
+        last = self._checkpoints[0] if self._checkpoints else upto
         while len(newest) < APPLY_BATCH_KEYS_MAX and size < _BATCH_BYTES_MAX:
-            if not backlog or backlog[0][0] > upto:
+            if not backlog or backlog[0][0] > min(upto, last):
                 break
             index, effects = backlog.popleft()
             newest.update(effects)

@@ -244,6 +244,8 @@ class Consensus:
                 return error
         else:
             command, origin = context  # type: ignore[misc]
+        if command.kind == commands.CHECKPOINT:
+            self._applier.checkpoint(entry.index)
         index, did = self._engine.submit(command, origin)
         assert index == entry.index, f"entry {entry.index} evaluated as {index}"
         self._applier.add(index, did.effects)
@@ -293,9 +295,10 @@ class Consensus:
         self._configurations = _since(self._configurations, index)
         self.replica.state_is_at(Snapshot(index, self.term_at(index), configuration))
 
-    def rebase(self, snapshot: Snapshot) -> None:
-        """The state is that of a snapshot now."""
-        self._terms = ((snapshot.index, snapshot.term),)
+    def rebase(self, snapshot: Snapshot, *, keeps_log: bool) -> None:
+        """The state is that of a snapshot now; `keeps_log`: of one that the log leads on from."""
+        later = tuple(landmark for landmark in self._terms if landmark[0] > snapshot.index)
+        self._terms = ((snapshot.index, snapshot.term), *(later if keeps_log else ()))
         self._configurations = ((snapshot.index, snapshot.configuration),)
         for tell in self.configuration_changed:
             tell(snapshot.configuration)

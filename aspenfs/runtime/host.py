@@ -20,6 +20,7 @@ import sys
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,13 +44,15 @@ from aspenfs.limits import (
     PROPOSAL_TIMEOUT_MS,
     PROPOSALS_BYTES_MAX,
     SYNC_INTERVAL_MS,
+    TICK_MS,
     WAL_SEGMENT_BYTES,
 )
-from aspenfs.runtime import identity, recovery, store_status, swap
+from aspenfs.runtime import identity, quarantine, recovery, store_status, swap
 from aspenfs.runtime.applier import Applier
 from aspenfs.runtime.consensus import META_CONFIGURATION, META_TERM, Consensus, decode_configuration
 from aspenfs.runtime.disk import RealDisk
 from aspenfs.runtime.identity import Identity
+from aspenfs.runtime.quarantine import Quarantine
 from aspenfs.runtime.recovery import VerifyEntry
 from aspenfs.runtime.reserve import Reserve
 from aspenfs.runtime.snapshots.client import Fetched, install, reset_log
@@ -87,6 +90,10 @@ class NodeStore:
         self._directory = Path()
         self._free_bytes: Callable[[], int] | None = None
         self.replaced: list[Callable[[], object]] = []  # called when the state is another node's
+        self.suspended: list[Callable[[], object]] = []  # called when it turned out to be a bad one
+        self.quarantine: Quarantine | None = None  # as long as it is: see `suspend`
+        self._well = trio.Event()
+        self._well.set()
         self._synced_ticket = 0  # of writes of the consensus that are durable; set by the sync thread
         self.consensus: Consensus
         self._replica: Replica
@@ -100,10 +107,20 @@ class NodeStore:
         self._refusal: NoSpace | None = None  # what writers get until the reserve is back
         self._unsynced_bytes = 0  # in the log since a sync was last asked for on their account
         self._to_settle: deque[int] = deque()
+        self._serve()
+
+    def _serve(self) -> None:
+        """Reads go where they find what is true; so the hot path needs no check."""
+        engine = self.engine
         self.get = engine.get
         self.range = engine.range
         self.scan: Callable[[bytes, bytes], Iterator[tuple[bytes, Record]]] = engine.scan
         self.leases = engine.leases
+        if self.quarantine is not None:
+            self.get, self.range, self.scan, self.leases = (
+                quarantine.narrowed(read, self.quarantine)
+                for read in (self.get, self.range, self.scan, self.leases)
+            )
 
     @classmethod
     def open(cls, state_directory: str | Path, clock: Clock, entropy: Entropy, *, name: str = "aspen",
@@ -121,6 +138,7 @@ class NodeStore:
         """
         directory = Path(state_directory)
         reset_to = swap.recover(RealDisk(directory)) if directory.exists() else None
+        marker = quarantine.read(directory)
         node = identity.read(directory) or identity.create(directory, name, entropy)
         log = RealDisk(directory) if disk is None else disk
         wal = Wal.open(log, WAL_DIRECTORY, node.cluster_id, segment_bytes=segment_bytes,
@@ -132,7 +150,7 @@ class NodeStore:
             try:
                 store = cls(node, wal, state, clock, entropy, pre_sync, log, reserve)
                 store._directory, store._free_bytes = directory, free_bytes
-                replayed = store._recover(verify_entry, incarnation)
+                replayed = store._recover(verify_entry, incarnation, marker)
             except BaseException:
                 state.close()
                 raise
@@ -143,12 +161,14 @@ class NodeStore:
         logger.info("store opened cluster=%s revision=%d replayed=%d", node.name, store.revision, replayed)
         return store
 
-    def _recover(self, verify_entry: VerifyEntry | None, incarnation: int) -> int:
+    def _recover(self, verify_entry: VerifyEntry | None, incarnation: int, marker: Quarantine | None) -> int:
         """Brings engine and replica to where the log and the state are; the entries evaluated."""
         wal, state, node = self._wal, self._state, self.identity.node_id
         stored = state.meta(META_CONFIGURATION)
         # A log that is read from its beginning starts with its founder alone, on whatever node.
         configuration = Configuration((FOUNDER,)) if stored is None else decode_configuration(stored)
+        if marker is not None:
+            quarantine.check_others(marker, configuration, node)
         applied = state.applied_index
         term = state.meta(META_TERM)
         terms = [(applied, int.from_bytes(term, "big") if term is not None else min(1, applied))]
@@ -167,6 +187,8 @@ class NodeStore:
                     random=self._random_below)  # fmt: skip
         self._replica = self.consensus.start(raft, self._clock.monotonic_ns, incarnation)
         self.consensus.state_is_at(state.applied_index)
+        if marker is not None:
+            self.suspend(marker)
         if configuration.voters == (node,) and not configuration.outgoing:
             raft.campaign(quietly=not found.tail and not configuration.learners)
             self._replica.pump()
@@ -243,7 +265,7 @@ class NodeStore:
         engine = self.engine
         while self._failure is None:
             await trio.sleep(SYNC_INTERVAL_MS / 1000)
-            if self._replica.alone or not self.consensus.leading:
+            if self._replica.alone or not self.consensus.leading or self.quarantine is not None:
                 continue
             try:
                 expire, revision = engine.expire_command(), engine.compaction_due()
@@ -292,32 +314,69 @@ class NodeStore:
         except NoSpace as error:
             logger.warning("revision=%d closing with a full disk: %s", self.revision, error)
 
+    def suspend(self, marker: Quarantine) -> None:
+        """The state is a bad one: nothing is answered from it or built upon it, until another one has taken
+        its place (`replace_state`). The log goes on, this node's vote with it. Who waits gets Diverged."""
+        if self._failure is not None or self.quarantine is not None:
+            return
+        logger.error("index=%d quarantine: the state of this node differs from that of the majority there "
+                     "(%s here, %s at nodes %s): it serves nothing until it has fetched their state. If that "
+                     "does not come to its end, look at aspen status", marker.index,
+                     marker.found.hex()[:16] or "unreadable", marker.digest.hex()[:16],
+                     " ".join(map(str, marker.sources)))  # fmt: skip
+        self.quarantine, self._well = marker, trio.Event()
+        self._serve()
+        self._replica.suspend(marker.error())
+        for tell in self.suspended:
+            tell()
+
+    async def well(self) -> None:
+        """Returns when the state is not known to be a bad one."""
+        while self.quarantine is not None and self._failure is None:
+            await self._well.wait()
+
     async def replace_state(self, fetched: Fetched) -> None:
         """Goes on with a state that was fetched whole from another node, and lies in `state.new`.
 
-        Nothing is evaluated meanwhile: the replica waits for it. Who waits for an earlier revision is told
-        that it is committed; `replaced` is called, for all that was known may be out of date.
+        Nothing is evaluated meanwhile: the replica waits for it, or is suspended. Who waits for an earlier
+        revision is told that it is committed; `replaced` is called, for all that was known may be wrong.
         """
         stored = fetched.configuration
         configuration = Configuration((FOUNDER,)) if stored is None else decode_configuration(stored)
         snapshot = RaftSnapshot(fetched.index, fetched.term, configuration)
+        raft = self._replica.raft
+        assert fetched.index >= self.engine.revision, "a state of the past"
+        keeps_log = raft.keeps_log(snapshot)
+        while keeps_log and raft.log.persisted < fetched.index:
+            self._syncer.request()  # after a loss of power the log must still lead on from that state
+            await trio.sleep(TICK_MS / 1000)
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(self._applier.stop)
-            await trio.to_thread.run_sync(install, self._directory, self._wal, fetched.index)
+            await trio.to_thread.run_sync(
+                partial(install, self._directory, self._wal, fetched.index, keeps_log=keeps_log)
+            )
         try:
             # No await from here on: readers see the old state or the new one.
             self._state.adopt(StateDb(self._directory / STATE_DIRECTORY, free_bytes=self._free_bytes))
             self._applier.rebase(fetched.index)
             self._to_settle.clear()
             self.engine.rebase(fetched.index)
-            self.consensus.rebase(snapshot)
+            self.consensus.rebase(snapshot, keeps_log=keeps_log)
             self._stall = None
             assert self._token is not None, "a store that does not run"
             self._applier.start(self._token)
-            self._replica.snapshot_installed(snapshot)
+            if self._failure is not None:
+                self._raise_failure()
+            self.quarantine = None
+            self._serve()
+            if keeps_log:
+                self._replica.resume()
+            else:
+                self._replica.snapshot_installed(snapshot)
         except BaseException as error:
             self._fail(error)
             raise
+        self._well.set()
         for tell in self.replaced:
             tell()
 
@@ -349,6 +408,7 @@ class NodeStore:
         self.engine.close(failure)
         self._replica.stop(failure)
         self._failed.set()
+        self._well.set()
         self._room.set()
 
     def _refuse(self, *_: object, **__: object) -> NoReturn:
@@ -514,6 +574,7 @@ class NodeStore:
         """The result of a command that a majority has agreed on and that was evaluated here."""
         if self._failure is not None:
             self._raise_failure()
+        self._check_well()
         if not freeing:
             if self._wal.short_of_space:
                 raise NoSpace("no space for the log: free some on the file system of the state directory")
@@ -611,9 +672,14 @@ class NodeStore:
                 self._flush_log()
         return await engine.committed(wanted)
 
+    def _check_well(self) -> None:
+        if self.quarantine is not None:
+            raise self.quarantine.error()
+
     async def barrier(self) -> int:
         if self._failure is not None:
             self._raise_failure()
+        self._check_well()
         if not self._replica.read_now():
             await self.consensus.read_index()
         return self.engine.revision
@@ -630,6 +696,8 @@ class NodeStore:
         return self.engine.observe(observer)
 
     def watch(self, start: bytes, end: bytes, *, from_revision: int | None = None) -> AsyncIterator[Batch]:
+        if not start.startswith(quarantine.OWN_ROWS):
+            self._check_well()
         return self.engine.watch(start, end, from_revision=from_revision)
 
     async def lease_grant(self, ttl_ms: int, lease: int = 0) -> int:
@@ -645,7 +713,16 @@ class NodeStore:
         while await self._number(self.engine.compact_command(revision)):
             await trio.lowlevel.checkpoint()
 
+    async def checkpoint(self) -> int:
+        """Has every node look at its state at one and the same entry; the index of that."""
+        return await self._number(self.engine.checkpoint_command())
+
     # --- looking at it ---
+
+    @property
+    def applier(self) -> Applier:
+        """For who looks at the state at checkpoints: `checkpoints.Checkpoints`."""
+        return self._applier
 
     @property
     def state(self) -> StateDb:
@@ -653,7 +730,8 @@ class NodeStore:
         return self._state
 
     def snapshot(self) -> AbstractContextManager[Snapshot]:
-        """What is applied, standing still: for a walk in a thread (`aspen check`)."""
+        """What is applied, standing still: for a walk in a thread (`aspen check`). Diverged."""
+        self._check_well()
         return self._state.snapshot()
 
     def verify(self) -> Summary:
@@ -671,6 +749,8 @@ class NodeStore:
     def _condition(self) -> str:
         if self._failure is not None:
             return "failed"
+        if self.quarantine is not None:
+            return "quarantine"
         full = self._stall is not None or self._refusal is not None or self._wal.short_of_space
         return "full" if full else "ok"
 

@@ -50,6 +50,7 @@ ALL = [
     Command(commands.LEASE_EXPIRE, 1, None, (77, 78)),
     Command(commands.COMPACT, 1, None, (1_000,)),
     Command(commands.NOOP, 1, None, ()),
+    Command(commands.CHECKPOINT, 1, None, ()),
 ]
 
 
@@ -93,6 +94,8 @@ def _packed(*fields: Any) -> bytes:
         _packed(1, commands.NOOP, -1, None, ()),
         _packed(1, commands.NOOP, 1 << 63, None, ()),
         _packed(1, commands.NOOP, 1, None, {}),
+        _packed(1, commands.CHECKPOINT, 1, None, (1,)),
+        _packed(1, commands.CHECKPOINT + 1, 1, None, ()),
         _packed(1, commands.NOOP, 1, None, ()) + b"\x00",
         _packed(1, commands.TXN, 1, None, ((), ())),
         _packed(1, commands.TXN, 1, None, (7, (), ())),

@@ -86,5 +86,5 @@ log_commands = st.one_of(
     st.builds(Command, st.just(commands.LEASE_REVOKE), _times, st.none(), st.tuples(_ids)),
     st.builds(Command, st.just(commands.LEASE_EXPIRE), _times, st.none(), st.lists(_ids).map(tuple)),
     st.builds(Command, st.just(commands.COMPACT), _times, st.none(), st.tuples(st.integers(0, 30))),
-    st.builds(Command, st.just(commands.NOOP), _times, st.none(), st.just(())),
+    st.builds(Command, st.sampled_from((commands.NOOP, commands.CHECKPOINT)), _times, st.none(), st.just(())),
 )

@@ -19,7 +19,7 @@ from aspenfs.blobs.store import BlobStore
 from aspenfs.cluster.types import Configuration
 from aspenfs.filesystem.layout import BLOB_PREFIX
 from aspenfs.limits import WAL_SEGMENT_BYTES
-from aspenfs.runtime import identity, members, swap
+from aspenfs.runtime import identity, members, quarantine, swap
 from aspenfs.runtime.backup import refounding
 from aspenfs.runtime.backup.reading import counted
 from aspenfs.runtime.disk import RealDisk
@@ -56,7 +56,8 @@ class Recovered(NamedTuple):
 
 
 def inspect(directory: Path, *, segment_bytes: int = WAL_SEGMENT_BYTES) -> Found:
-    """What is there to go on with. NotFound: no node here. Corrupt: it could not start either.
+    """What is there to go on with. NotFound: no node here. Corrupt: it could not start either. Diverged:
+    its state is known to be bad.
 
     The caller holds the lock on the directory, here and below.
     """
@@ -122,6 +123,13 @@ def _opened(directory: Path, segment_bytes: int) -> tuple[Identity, Wal]:
     node = identity.read(directory)
     if node is None:
         raise errors.NotFound(f"no node here: {directory} holds no cluster")
+    marker = quarantine.read(directory)
+    if marker is not None:
+        raise errors.Diverged(
+            f"the state of this node is known to be bad, since entry {marker.index} or before: recover "
+            "another node, or restore a backup. If this is all that is left, remove "
+            f"{directory / quarantine.FILE_NAME}, and check every file"
+        )
     wal = Wal.open(disk, WAL, node.cluster_id, segment_bytes=segment_bytes, background=False)
     if index is not None:
         reset_log(directory, wal, index)

@@ -20,7 +20,7 @@ from blake3 import blake3
 from aspenfs.errors import AspenError, Corrupt, InvalidArgument
 from aspenfs.kv import rows
 from aspenfs.limits import SNAPSHOT_BLOCK_BYTES
-from aspenfs.runtime import swap
+from aspenfs.runtime import quarantine, swap
 from aspenfs.runtime.disk import RealDisk
 from aspenfs.runtime.snapshots.blocks import finish_load
 from aspenfs.runtime.snapshots.server import DIGEST
@@ -292,16 +292,20 @@ def _nonsense(node: int, cause: str) -> Corrupt:
 # --- installing ---
 
 
-def install(directory: Path, wal: Wal, index: int) -> None:
+def install(directory: Path, wal: Wal, index: int, *, keeps_log: bool = False) -> None:
     """Puts `state.new`, complete and of entry `index`, in the place of `state`; the log goes on behind it.
+    With `keeps_log` it does so already, that entry is durable in it, and it stays as it is.
 
-    Whoever dies from here on, the next start goes on with it (`swap.recover`, `reset_log`). Blocks.
-    Nothing may be appended to the log, and nothing applied, before it returns.
+    Whoever dies from here on, the next start goes on with it (`swap.recover`, `reset_log`). Blocks. Nothing
+    may be applied before it returns, and nothing appended to a log that is not kept.
     """
     disk = RealDisk(directory)
-    swap.commit(disk, swap.Swap((STATE,), log_index=index))
+    swap.commit(disk, swap.Swap((STATE,), (quarantine.FILE_NAME,), None if keeps_log else index))
     swap.carry_out(disk)
-    reset_log(directory, wal, index)
+    if keeps_log:
+        swap.finish(disk)
+    else:
+        reset_log(directory, wal, index)
 
 
 def reset_log(directory: Path, wal: Wal, index: int) -> None:
