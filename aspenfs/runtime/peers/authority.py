@@ -44,6 +44,8 @@ T = TypeVar("T")
 _chance = random.Random()  # own: nobody else's seed makes nodes act in step
 
 _RETRY_S = 0.5  # at first, then twice as long each time
+_LOST_S = 5  # a key that no voter has by then was lost with the node that made it
+_ANOTHER = "another rotation is under way: wait for it, or try again"
 _ASK_S = PROPOSAL_TIMEOUT_MS / 1000
 
 
@@ -229,18 +231,21 @@ class Keeper:
         await self._drop(row)
 
     async def _obtain_keys(self, row: Row) -> None:
-        """A voter holds the keys of all CAs, so that it can sign when it leads."""
-        if row.fingerprints <= {each.fingerprint for each in self._authorities}:
-            return
+        """A voter holds the keys of all CAs, so that it can sign when it leads. Takes what each voter has."""
+        missing = row.fingerprints - self._held()
+        for peer in self._voters() if missing else ():
+            with contextlib.suppress(AspenError):
+                pem = await self._network.request(peer, KEYS, None, timeout_s=_ASK_S)
+                keys = ca.load_keys(pem) if type(pem) is bytes else []
+                await self._add_keys(key for key in keys if ca.key_fingerprint(key.public_key()) in missing)
+            missing = row.fingerprints - self._held()
+            if not missing:
+                log.info("ca: keys received")
+        if missing:
+            raise NotSupported("no voter that is connected has all keys of the CA")
 
-        def complete(pem: Any) -> list[ec.EllipticCurvePrivateKey]:
-            keys = ca.load_keys(pem) if type(pem) is bytes else []
-            if not row.fingerprints <= {ca.key_fingerprint(key.public_key()) for key in keys}:
-                raise NotSupported("no voter that answered has all keys of the CA")
-            return keys
-
-        await self._write_keys(await self._ask_voters(KEYS, None, complete))
-        log.info("ca: keys received")
+    def _held(self) -> set[bytes]:
+        return {each.fingerprint for each in self._authorities}
 
     async def _give_up_keys(self, row: Row) -> None:
         """Who is no voter needs none. Not before a voter has said that it holds them: a key is never
@@ -251,13 +256,17 @@ class Keeper:
                 raise NotSupported("no voter that answered has all keys of the CA")
 
         await self._ask_voters(STATE, None, held)
-        await trio.to_thread.run_sync(identity.remove_file, self._directory / identity.CA_KEY_FILE)
-        self._authorities = []
+        await self._keep_keys(set())
         log.info("ca: keys removed, this node is no voter")
 
-    async def _write_keys(self, keys: Iterable[ec.EllipticCurvePrivateKey]) -> None:
-        path = self._directory / identity.CA_KEY_FILE
-        await trio.to_thread.run_sync(identity.write_file, path, ca.keys_pem(keys))
+    async def _add_keys(self, keys: Iterable[ec.EllipticCurvePrivateKey]) -> None:
+        """To those in the file: a key counts from when its certificate is in ca.crt too."""
+        await trio.to_thread.run_sync(credentials.add_authority_keys, self._directory, list(keys))
+        self._authorities = credentials.authorities(self._directory)
+
+    async def _keep_keys(self, fingerprints: set[bytes]) -> None:
+        """These and no others."""
+        await trio.to_thread.run_sync(credentials.keep_authority_keys, self._directory, fingerprints)
         self._authorities = credentials.authorities(self._directory)
 
     async def _renew(self, row: Row) -> None:
@@ -285,9 +294,8 @@ class Keeper:
         if set(map(ca.fingerprint, shown.bundle)) == row.fingerprints:
             return
         await self._install(shown.certificate, row.certificates)
-        kept = [each.key for each in self._authorities if each.fingerprint in row.fingerprints]
-        if len(kept) < len(self._authorities):
-            await self._write_keys(kept)
+        if self._authorities:
+            await self._keep_keys(row.fingerprints)
 
     async def _install(self, certificate: x509.Certificate, bundle: Sequence[x509.Certificate]) -> None:
         made: Credentials = await trio.to_thread.run_sync(credentials.install, self._directory, certificate,
@@ -297,14 +305,18 @@ class Keeper:
 
     async def _ask_voters(self, kind: str, body: Any, read: Callable[[Any], T]) -> T:
         """What `read` makes of the answer of the first voter that gives one for which it raises nothing."""
-        voters = [peer for peer in self._network.connected() if self._cluster.is_voter(peer)]
         failure: AspenError = errors.PeerUnreachable("no voter is connected")
-        for peer in _chance.sample(voters, len(voters)):
+        for peer in self._voters():
             try:
                 return read(await self._network.request(peer, kind, body, timeout_s=_ASK_S))
             except AspenError as error:
                 failure = error
         raise failure
+
+    def _voters(self) -> list[int]:
+        """Those that can be asked, in no order."""
+        voters = [peer for peer in self._network.connected() if self._cluster.is_voter(peer)]
+        return _chance.sample(voters, len(voters))
 
     # --- rotation ---
 
@@ -324,33 +336,43 @@ class Keeper:
         new = row.certificates[-1]
         fingerprint = ca.fingerprint(new)
         if row.signing != fingerprint:
-            await self._until_all(_has_both(row.fingerprints), "to trust the new CA", progress)
+            await self._until_all(revision, _has_both(row.fingerprints), "to trust the new CA", progress)
             row = row._replace(signing=fingerprint)
             revision = await self._write_row(row, revision)
-        await self._until_all(lambda state, voter: state.issuer == fingerprint, "to renew its certificate",
-                              progress)  # fmt: skip
-        await self._write_row(Row((new,), fingerprint), revision)
-        await self._until_all(lambda state, voter: state.trusted == (fingerprint,), "to forget the old CA",
-                              progress)  # fmt: skip
+        await self._until_all(revision, lambda state, voter: state.issuer == fingerprint,
+                              "to renew its certificate", progress)  # fmt: skip
+        revision = await self._write_row(Row((new,), fingerprint), revision)
+        await self._until_all(revision, lambda state, voter: state.trusted == (fingerprint,),
+                              "to forget the old CA", progress)  # fmt: skip
 
     async def _begun(self, progress: Callable[[str], object]) -> tuple[Row, int]:
-        """The row with two CAs, the newer one last, and its mod revision."""
+        """The row with two CAs, the newer one last, and its mod revision. NotSupported without the keys."""
         row, revision = self._known_row()
+        self.check_signs()
         signing = next(each for each in row.certificates if ca.fingerprint(each) == row.signing)
         if len(row.certificates) > 1:
             if row.signing == ca.fingerprint(row.certificates[-1]):
                 return row, revision
-            with contextlib.suppress(AspenError):
-                await self._bring_nearer()
-            if row.fingerprints <= {each.fingerprint for each in self._authorities}:
+            if await self._get_hold_of_keys(row):
                 return row, revision
             progress("the new CA was lost with the node that made it: making another one")
         else:
             progress("making a new CA")
-        made = ca.new_authority(self._name(), self._clock.time_ns())
-        await self._write_keys([*(each.key for each in self._authorities), made.key])
-        row = Row((signing, made.certificate), row.signing)
-        return row, await self._write_row(row, revision)
+        async with self._lock:
+            made = ca.new_authority(self._name(), self._clock.time_ns())
+            await self._add_keys([made.key])  # before anybody hears of it
+            row = Row((signing, made.certificate), row.signing)
+            return row, await self._write_row(row, revision)
+
+    async def _get_hold_of_keys(self, row: Row) -> bool:
+        """Whether this node has all keys of a rotation that was begun, if need be from another voter."""
+        with trio.move_on_after(_LOST_S):
+            while not row.fingerprints <= self._held():
+                with contextlib.suppress(AspenError):
+                    await self._bring_nearer()
+                await trio.sleep(_RETRY_S / 2)
+            return True
+        return False
 
     def _name(self) -> str:
         here = identity.read(self._directory)
@@ -368,15 +390,18 @@ class Keeper:
         unchanged = compare_mod_revision(ROW_KEY, EQUAL, revision)
         done = await self._store.txn([unchanged], [put(ROW_KEY, row.pack())])
         if not done.succeeded:
-            raise errors.Conflict("another rotation is under way: wait for it, or try again")
+            raise errors.Conflict(_ANOTHER)
         await self._store.committed(done.revision)
         self.stir()
         return done.revision
 
-    async def _until_all(self, condition: Callable[[State, bool], bool], what: str,
+    async def _until_all(self, revision: int, condition: Callable[[State, bool], bool], what: str,
                          progress: Callable[[str], object]) -> None:  # fmt: skip
+        """Conflict if the row changes meanwhile: somebody else goes on with the rotation."""
         told = ""
         while True:
+            if self._known_row()[1] != revision:
+                raise errors.Conflict(_ANOTHER)
             missing = []
             for node, member in sorted(self._cluster.table().items()):
                 if member.state != "removed" and not await self._fulfils(node, condition):

@@ -10,7 +10,7 @@ here: the certificates' contents (`ca.py`), when they are renewed (`authority.py
 """
 
 import ssl
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -178,16 +178,45 @@ def node_key(directory: Path) -> ec.EllipticCurvePrivateKey | None:
 
 def authorities(directory: Path) -> list[Authority]:
     """The CAs of ca.crt whose keys are here, in the order of ca.crt. Corrupt."""
+    keys = _authority_keys(directory)
+    return [Authority(keys[ca.fingerprint(each)], each) for each in load_bundle(directory)
+            if ca.fingerprint(each) in keys]  # fmt: skip
+
+
+def add_authority_keys(directory: Path, keys: Iterable[ec.EllipticCurvePrivateKey]) -> None:
+    """Adds keys to ca.key; those that are there stay. Corrupt."""
+    held = _authority_keys(directory)
+    added = {ca.key_fingerprint(key.public_key()): key for key in keys}
+    if not added.keys() <= held.keys():
+        _write_authority_keys(directory, {**held, **added})
+
+
+def keep_authority_keys(directory: Path, fingerprints: Set[bytes]) -> None:
+    """Removes all but these from ca.key; with the last one, the file. Corrupt."""
+    held = _authority_keys(directory)
+    kept = {fingerprint: key for fingerprint, key in held.items() if fingerprint in fingerprints}
+    if not kept:
+        identity.remove_file(directory / identity.CA_KEY_FILE)
+    elif len(kept) < len(held):
+        _write_authority_keys(directory, kept)
+
+
+_Keys = dict[bytes, ec.EllipticCurvePrivateKey]  # by fingerprint
+
+
+def _authority_keys(directory: Path) -> _Keys:
     path = directory / identity.CA_KEY_FILE
     try:
         keys = ca.load_keys(path.read_bytes())
     except FileNotFoundError:
-        return []
+        return {}
     except InvalidArgument as error:
         raise Corrupt(str(path), 0, str(error), "copy it from another voter's state directory") from error
-    by_fingerprint = {ca.key_fingerprint(key.public_key()): key for key in keys}
-    return [Authority(by_fingerprint[ca.fingerprint(each)], each) for each in load_bundle(directory)
-            if ca.fingerprint(each) in by_fingerprint]  # fmt: skip
+    return {ca.key_fingerprint(key.public_key()): key for key in keys}
+
+
+def _write_authority_keys(directory: Path, keys: _Keys) -> None:
+    identity.write_file(directory / identity.CA_KEY_FILE, ca.keys_pem(keys.values()))
 
 
 def _certificate(path: Path) -> x509.Certificate | None:
