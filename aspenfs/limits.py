@@ -142,8 +142,8 @@ REQUESTS_IN_FLIGHT_MAX = 256  # handlers at work at once; further requests wait 
 ABSENT_NAMES_MAX = 65_536  # told to be absent within a second or two; beyond it any may be
 NOTIFY_PENDING_MAX = 65_536  # invalidations not yet told; beyond it every known inode is told instead
 LISTING_NAMES_MAX = 262_144  # kept in order for readers of directories, some 80 bytes each
-LISTING_STRETCH_NAMES_MAX = 65_536  # kept of one directory by one pass over it; larger ones take several
-LISTING_STEP_NAMES = 1_024  # of such a pass before others get their turn: a few ms
+LISTING_STRETCH_NAMES_MAX = 131_072  # kept of one directory by one pass; larger ones take several, each time
+LISTING_STEP_NAMES = 512  # of such a pass before others get their turn: two ms
 
 assert VALUE_BYTES_MAX < TXN_BYTES_MAX < WAL_FRAME_BYTES_MAX < WAL_SEGMENT_BYTES
 assert KEY_BYTES_MAX * 2 + 32 < STORE_KEY_BYTES_MAX
@@ -168,4 +168,4 @@ assert WAL_FRAME_BYTES_MAX < PEER_FRAME_BYTES_MAX < PEER_REQUESTS_BYTES_MAX < PE
 assert RAFT_INFLIGHT_BYTES_MAX < PEER_QUEUE_BYTES_MAX  # flow control acts first
 assert RAFT_APPEND_ENTRIES_MAX < PEER_ITEMS_MAX
 assert 3 * PEER_PING_MS < PEER_IDLE_MS
-assert LISTING_STEP_NAMES <= LISTING_STRETCH_NAMES_MAX <= LISTING_NAMES_MAX // 4  # four side by side
+assert LISTING_STEP_NAMES <= LISTING_STRETCH_NAMES_MAX <= LISTING_NAMES_MAX // 2  # two side by side

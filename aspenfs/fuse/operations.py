@@ -11,7 +11,6 @@ import logging
 import mmap
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import pyfuse3
@@ -19,7 +18,6 @@ import trio
 
 from aspenfs import errors
 from aspenfs.fuse import loop
-from aspenfs.fuse.dirents import fills_its_pages
 from aspenfs.fuse.requests import CREATE, OPEN, OPENDIR, Requests
 from aspenfs.limits import KIB, NAME_BYTES_MAX
 from aspenfs.vfs.coherence import SHARED_TIMEOUT_S, Validity
@@ -89,7 +87,7 @@ class Operations(pyfuse3.Operations):
         self.enable_acl = acl
         self.directories_without_open = directories_without_open
         self.requests = Requests(loop.serving)
-        filesystem.listings.unfit = partial(fills_its_pages, page_bytes=mmap.PAGESIZE)
+        filesystem.listings.page_bytes = mmap.PAGESIZE
         self.fs, self.show = filesystem, presentation
         self.plain = presentation._replace(sync=False) == Presentation()
         self._negative: dict[float, pyfuse3.EntryAttributes] = {}

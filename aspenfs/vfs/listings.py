@@ -34,6 +34,7 @@ from hashlib import blake2b
 from typing import Final
 
 from aspenfs.limits import LISTING_NAMES_MAX, LISTING_STEP_NAMES, LISTING_STRETCH_NAMES_MAX
+from aspenfs.vfs.dirents import DOTS_BYTES, PAGE_BYTES, used_after
 from aspenfs.vfs.tree import Tree
 
 GENERATION_BITS: Final = 12
@@ -55,12 +56,13 @@ def place_of(name: bytes) -> int:
 class _Stretch:
     """Names of a directory by place, without a gap from behind `low` to the last, or to the end."""
 
-    __slots__ = ("ends", "low", "names", "places", "version")
+    __slots__ = ("ends", "low", "names", "places", "used", "version")
 
     def __init__(self, low: int, version: int | None) -> None:
         self.low = low
         self.version = version  # of the directory; None: it changed meanwhile, or nobody can tell
         self.ends = True  # no name of the directory lies behind it
+        self.used = DOTS_BYTES  # of the last page, if the kernel keeps it
         self.places = array("q")
         self.names: list[bytes] = []
 
@@ -106,8 +108,7 @@ class Listings:
         self._directories: dict[tuple[Tree, int], _Directory] = {}  # the longest unused first
         self._passes = self._generations = 0
         self.names_kept = 0
-        # What the kernel must not keep for reasons of its own, though it is a directory's listing.
-        self.unfit: Callable[[Sequence[bytes]], bool] = lambda names: False
+        self.page_bytes = PAGE_BYTES  # of the kernel
 
     async def after(self, tree: Tree, node: int, position: int, limit: int) -> Sequence[tuple[bytes, int]]:
         """Up to `limit` names behind `position`, each with its own position; none: the end.
@@ -158,7 +159,7 @@ class Listings:
             keep = known.closed and position & _GENERATION == known.generation
             for stretch in known.stretches:
                 if stretch.is_whole and stretch.version == version and _leads_to(position, stretch, known):
-                    keep = not self.unfit(stretch.names)
+                    keep = stretch.used < self.page_bytes  # see dirents.py
         if not keep:
             self._begin(known, version)
         known.closed = True
@@ -229,16 +230,16 @@ class Listings:
                 await self._breathe()
             self._take(stretch, buckets.pop(bucket))
 
-    @staticmethod
-    def _take(stretch: _Stretch, found: list[tuple[int, bytes]]) -> None:
+    def _take(self, stretch: _Stretch, found: list[tuple[int, bytes]]) -> None:
         """Adds names that lie behind all that it has."""
         low, places, names = stretch.low, stretch.places, stretch.names
-        last = 0
+        last, had = 0, len(names)
         for place, name in sorted(found):
             last = place if place > last else last + 1
             if last > low:
                 places.append(last)
                 names.append(name)
+        stretch.used = used_after(stretch.used, names[had:], self.page_bytes)
 
     # --- what is kept ---
 

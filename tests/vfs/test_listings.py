@@ -271,13 +271,16 @@ def test_what_was_not_given_in_full_may_not_be_kept() -> None:
     trio.run(main)
 
 
-def test_what_is_unfit_is_never_kept() -> None:
+@pytest.mark.parametrize("step", [1000, 10])
+def test_what_fills_its_pages_is_never_kept(step: int) -> None:
     async def main() -> None:
-        tree, kept = Flat(*many(50)), Listings()
-        kept.unfit = lambda names: len(names) == 50
+        tree, kept = Flat(*(b"%03d" % number for number in range(126))), Listings(step=step)
         for _ in range(2):
             assert not kept.ended(tree, NODE, await read(kept, tree))
         tree.of[NODE].add(b"new")
+        assert kept.ended(tree, NODE, await read(kept, tree))
+        kept.page_bytes = 65_536
+        tree.of[NODE].remove(b"new")
         assert kept.ended(tree, NODE, await read(kept, tree))
 
     trio.run(main)

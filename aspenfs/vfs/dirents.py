@@ -10,12 +10,13 @@ from typing import Final
 
 DIRENT_BYTES: Final = 24  # struct fuse_dirent before the name, which is padded to a multiple of 8
 DOTS_BYTES: Final = 2 * 32
+PAGE_BYTES: Final = 4096
 
 
-def fills_its_pages(names: Iterable[bytes], page_bytes: int) -> bool:
-    """Whether `.`, `..` and these, in this order, end where a page does. No entry lies in two pages."""
-    used = DOTS_BYTES
+def used_after(used: int, names: Iterable[bytes], page_bytes: int) -> int:
+    """How much of its page a listing uses with `names` behind what used `used` before; never 0, and all of
+    `page_bytes` where the page is full. At the start that is DOTS_BYTES. No entry lies in two pages."""
     for name in names:
         size = DIRENT_BYTES + len(name) + 7 & -8
         used = used + size if used + size <= page_bytes else size
-    return used == page_bytes
+    return used

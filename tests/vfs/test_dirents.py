@@ -2,7 +2,7 @@
 
 import pytest
 
-from aspenfs.fuse.dirents import fills_its_pages
+from aspenfs.vfs.dirents import DOTS_BYTES, used_after
 
 PAGE = 4096
 
@@ -24,4 +24,6 @@ PAGE = 4096
     ],
 )
 def test_a_listing_that_ends_with_its_page_is_told(names: list[bytes], fills: bool) -> None:
-    assert fills_its_pages(names, PAGE) is fills
+    assert (used_after(DOTS_BYTES, names, PAGE) == PAGE) is fills
+    half = len(names) // 2
+    assert (used_after(used_after(DOTS_BYTES, names[:half], PAGE), names[half:], PAGE) == PAGE) is fills
