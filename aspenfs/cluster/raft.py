@@ -80,7 +80,9 @@ class Raft(Following):
         """
         log = RaftLog(base_index, base_term, entries, applied)
         assert log.last_term <= hard_state.term, "the log is of a later term than the node"
-        only_voter = configuration.voters == (node_id,) and not configuration.outgoing
+        changes = log.configurations_between(applied, log.last_index)
+        # An only voter has promised nobody anything; unless there were others since.
+        only_voter = configuration.voters == (node_id,) and not configuration.outgoing and not changes
         super().__init__(
             node_id,
             configuration,
@@ -101,7 +103,6 @@ class Raft(Following):
         # The commit index is not stored, but a leader appends a change of the configuration only when it
         # has applied the one before. So all but the last of those in the log are committed. Without this,
         # a node that crashed could stand for election with a majority of long ago.
-        changes = log.configurations_between(applied, log.last_index)
         if len(changes) > 1:
             log.commit_to(changes[-2])
 

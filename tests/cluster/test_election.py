@@ -310,6 +310,24 @@ def test_the_only_voter_has_promised_nobody_anything() -> None:
     assert cluster[1].leads
 
 
+def test_the_only_voter_of_some_time_ago_may_have_promised_something_since() -> None:
+    """Its state lags behind its log, by which there is another voter, who may lead and read under a lease."""
+    cluster = Cluster(1)
+    cluster.elect(1)
+    cluster.add_node(2)
+    cluster.change(1, add(2))
+    cluster.settle()
+    cluster[1].raft.transfer_leader(2)
+    cluster.settle()
+    assert cluster[2].leads
+    cluster[1].crash()
+    cluster[1].start()
+    assert cluster[1].raft.configuration == Configuration((1,))
+    assert not cluster[1].raft.campaign()
+    cluster[1].raft.step(vote_of(2, 9, 1))
+    assert cluster[1].raft.term == 2
+
+
 def test_a_leader_hands_over_although_others_hear_it() -> None:
     cluster = Cluster(3)
     cluster.elect(1)
