@@ -143,7 +143,7 @@ ABSENT_NAMES_MAX = 65_536  # told to be absent within a second or two; beyond it
 NOTIFY_PENDING_MAX = 65_536  # invalidations not yet told; beyond it every known inode is told instead
 LISTING_NAMES_MAX = 262_144  # kept in order for readers of directories, some 80 bytes each
 LISTING_STRETCH_NAMES_MAX = 131_072  # kept of one directory by one pass; larger ones take several, each time
-LISTING_STEP_NAMES = 512  # of such a pass before others get their turn: two ms
+LISTING_STEP_NAMES = 1_024  # of such a pass before others get their turn: some 3 ms
 
 assert VALUE_BYTES_MAX < TXN_BYTES_MAX < WAL_FRAME_BYTES_MAX < WAL_SEGMENT_BYTES
 assert KEY_BYTES_MAX * 2 + 32 < STORE_KEY_BYTES_MAX

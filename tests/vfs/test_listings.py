@@ -350,7 +350,7 @@ def test_what_is_kept_is_bounded() -> None:
 
 
 def test_a_small_directory_is_read_without_waiting() -> None:
-    """Like all that the daemon answers from memory: its fast path depends on it."""
+    """Like all that the daemon answers from memory: its fast path depends on that."""
     with pytest.raises(StopIteration) as result:
         Listings(trio.lowlevel.checkpoint).after(Flat(*many(1000)), NODE, 0, 10).send(None)
     assert len(result.value.value) == 10
