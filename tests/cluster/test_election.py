@@ -75,6 +75,37 @@ def test_the_only_voter_is_not_heard_before_its_disk_knows_the_term() -> None:
     assert [message.type for message in cluster.mail] == [MessageType.APP]
 
 
+def test_a_node_alone_may_begin_its_term_without_an_entry() -> None:
+    cluster = Cluster(1)
+    node = cluster.elect(1)
+    cluster.propose(1, b"x")
+    cluster.settle()
+    node.sync_state()
+    node.crash()
+    node.start()
+    assert node.raft.campaign(quietly=True)
+    assert node.leads
+    assert node.raft.last_index == 2
+    assert node.raft.committed_in_term
+    cluster.settle()
+    assert cluster.propose(1, b"y") == 3
+    cluster.settle()
+    assert node.data == [b"x", b"y"]
+
+
+@pytest.mark.parametrize("case", ["a learner", "an entry not applied"])
+def test_who_is_not_alone_or_may_have_more_begins_its_term_with_an_entry(case: str) -> None:
+    cluster = Cluster(1, learners=[2] if case == "a learner" else [])
+    node = cluster.elect(1)
+    if case == "a learner":
+        node.sync_state()
+    node.crash()
+    node.start()
+    assert node.raft.campaign(quietly=True)
+    assert not node.raft.committed_in_term
+    assert node.raft.last_index == 2
+
+
 def test_timeouts_are_drawn_anew_between_one_and_two_election_timeouts() -> None:
     drawn: list[int] = []
 

@@ -341,6 +341,61 @@ def test_a_removed_member_that_fetches_is_forgotten() -> None:
     assert cluster[3].raft.configuration == Configuration((1, 2))
 
 
+# --- states that the owner replaces of its own accord ---
+
+
+def test_nothing_is_handed_out_for_applying_while_the_owner_says_so() -> None:
+    cluster = Cluster(2)
+    cluster.elect(1)
+    cluster[2].raft.suspended = True
+    index = cluster.propose(1, b"x")
+    cluster.settle()
+    assert cluster[2].raft.commit == index  # the log goes on
+    assert cluster[2].data == []
+    assert not cluster[2].raft.has_ready
+    cluster[2].raft.suspended = False
+    cluster.settle()
+    assert cluster[2].data == [b"x"]
+
+
+def test_a_log_that_leads_on_from_another_state_stays() -> None:
+    cluster = Cluster(2)
+    cluster.elect(1)
+    cluster.propose(1, b"x", b"y")
+    cluster.settle()
+    raft = cluster[2].raft
+    assert raft.keeps_log(Snapshot(3, 1, Configuration((1, 2))))
+    assert raft.last_index == 3
+    cluster.propose(1, b"z")
+    cluster.settle()
+    assert cluster[2].data == [b"x", b"y", b"z"]
+
+
+@pytest.mark.parametrize(
+    "snapshot", [Snapshot(9, 1, Configuration((1, 2, 3))), Snapshot(3, 2, Configuration((1, 2, 3)))]
+)
+def test_a_log_that_does_not_lead_there_takes_nothing_until_it_is_replaced(snapshot: Snapshot) -> None:
+    cluster = Cluster(3)
+    cluster.elect(1)
+    cluster.isolate(3)
+    raft = cluster[3].raft
+    raft.step(Message(MessageType.APP, 3, 1, 1, log_term=1, index=1, commit=1, entries=[
+        Entry(1, 2, 1, b"x"), Entry(1, 3, 1, b"not committed")]))  # fmt: skip
+    cluster.settle()
+    assert not raft.keeps_log(snapshot)
+    raft.step(
+        Message(MessageType.APP, 3, 1, 1, log_term=1, index=3, commit=1, entries=[Entry(1, 4, 1, b"y")])
+    )
+    assert raft.last_index == 3
+    assert not raft.campaign()
+    raft.snapshot_installed(snapshot)
+    assert (raft.last_index, raft.commit, raft.log.last_term) == (
+        snapshot.index,
+        snapshot.index,
+        snapshot.term,
+    )
+
+
 # --- appends ---
 
 
