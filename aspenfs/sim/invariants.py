@@ -10,6 +10,7 @@ Violation, which names the check. What is durable is known from the syncs that e
 believes.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from typing import Final, NamedTuple
@@ -70,15 +71,19 @@ class NodeRecord:
 
 
 class Invariants:
-    """The record of a whole cluster; see the head of this file."""
+    """The record of a whole cluster; see the head of this file.
 
-    def __init__(self) -> None:
+    Checks named in `ignored` find nothing, to see whether those behind them find what they would have."""
+
+    def __init__(self, ignored: frozenset[str] = frozenset()) -> None:
+        self._ignored = ignored
         self.nodes: dict[int, NodeRecord] = {}
         self.leaders: dict[int, int] = {}  # term -> node
         self.written: dict[tuple[int, int], Written] = {}
         self.told: set[tuple[int, int]] = set()  # those of `written` that were sent to anybody
         self.committed: dict[int, int] = {}  # index -> term
         self.commit = 0
+        self._committed_in: list[int] = []  # by index, from 1: the term of the leader that committed it
         self.applied: dict[int, bytes] = {}  # index -> digest of entry and effects
         self.applied_index = 0
         self.configurations: dict[int, Configuration] = {}  # index -> as of that entry
@@ -91,14 +96,16 @@ class Invariants:
         self._state: dict[bytes, int] = {}  # key -> hash of its row
         self._undo: list[list[tuple[bytes, int]]] = []  # by index, from 1: keys and the hashes they had
 
+    def _wrong(self, check: str, message: str) -> None:
+        if check not in self._ignored:
+            raise Violation(check, message)
+
     def node(self, node: int) -> NodeRecord:
         return self.nodes.setdefault(node, NodeRecord())
 
     # --- the log and the disk ---
 
-    def wrote(
-        self, node: int, entries: Sequence[Entry], hard_state: HardState | None, role: Role
-    ) -> None:
+    def wrote(self, node: int, entries: Sequence[Entry], hard_state: HardState | None, role: Role) -> None:
         """Into the log of `node`; nothing of it is durable yet."""
         record = self.node(node)
         if hard_state is not None:
@@ -114,10 +121,10 @@ class Invariants:
         if after >= record.last:
             return
         if role is Role.LEADER:
-            raise Violation("leader-append-only", f"leader {node} truncates its log after {after}")
+            self._wrong("leader-append-only", f"leader {node} truncates its log after {after}")
         for index in range(max(after, record.base) + 1, min(record.last, self.commit) + 1):
             if record.terms.get(index) == self.committed[index]:
-                raise Violation("committed-kept", f"node {node} truncates committed entry {index}")
+                self._wrong("committed-kept", f"node {node} truncates committed entry {index}")
         for index in range(after + 1, record.last + 1):
             record.terms.pop(index, None)
         record.last = after
@@ -127,30 +134,30 @@ class Invariants:
     def _voted(self, node: int, record: NodeRecord, hard: HardState) -> None:
         before = record.hard
         if hard.term < before.term:
-            raise Violation("term-monotone", f"node {node} goes from term {before.term} to {hard.term}")
+            self._wrong("term-monotone", f"node {node} goes from term {before.term} to {hard.term}")
         if hard.term == before.term and before.vote and hard.vote != before.vote:
-            raise Violation("vote-kept", f"node {node} changes its vote in term {hard.term}")
+            self._wrong("vote-kept", f"node {node} changes its vote in term {hard.term}")
         record.hard = hard
 
     def _vote(self, node: int, term: int, candidate: int) -> None:
         earlier = self.votes.setdefault((term, node), candidate)
         if earlier != candidate:
             both = f"{earlier} and {candidate}"
-            raise Violation("one-vote-a-term", f"node {node} votes for {both} in term {term}")
+            self._wrong("one-vote-a-term", f"node {node} votes for {both} in term {term}")
 
     def _appended(self, node: int, record: NodeRecord, entry: Entry) -> None:
         index = entry.index
         if index != record.last + 1:
-            raise Violation("log-contiguous", f"node {node} writes entry {index} behind {record.last}")
+            self._wrong("log-contiguous", f"node {node} writes entry {index} behind {record.last}")
         before = record.terms.get(index - 1, 0)
         if entry.term < before:
-            raise Violation("log-terms", f"node {node}: term {entry.term} at {index} follows term {before}")
+            self._wrong("log-terms", f"node {node}: term {entry.term} at {index} follows term {before}")
         digest = blake2b(entry.data, digest_size=8).digest()
         written = Written(before, entry.kind, digest)
         known = self.written.setdefault((index, entry.term), written)
         # What precedes the first entry after a snapshot may not be known here.
         if known != written and not (index - 1 == record.base and known[1:] == written[1:]):
-            raise Violation("log-matching", f"node {node} has another entry {index} of term {entry.term}")
+            self._wrong("log-matching", f"node {node} has another entry {index} of term {entry.term}")
         record.terms[index] = entry.term
         record.last = index
 
@@ -158,11 +165,11 @@ class Invariants:
         pending = [index for index in range(self.commit + 1, record.last + 1)
                    if self.written[index, record.terms[index]].kind == EntryKind.CONFIGURATION]  # fmt: skip
         if len(pending) > 1:
-            raise Violation("one-configuration", f"leader {node} has uncommitted configurations at {pending}")
+            self._wrong("one-configuration", f"leader {node} has uncommitted configurations at {pending}")
         term = record.terms[record.last]
         alone = record.voters.voters == (node,) and not record.voters.outgoing
         if pending and record.committed_own_term != term and not alone:
-            raise Violation("configuration-after-commit",
+            self._wrong("configuration-after-commit",
                             f"leader {node} changes it before it committed in term {term}")  # fmt: skip
 
     def sync_started(self, node: int) -> None:
@@ -181,10 +188,10 @@ class Invariants:
         """The state is durably that of `index`, and the log begins behind it, durably."""
         record = self.node(node)
         if self.committed.get(index) != term:
-            raise Violation("snapshot-committed", f"node {node} takes a snapshot of {index} in term {term}")
+            self._wrong("snapshot-committed", f"node {node} takes a snapshot of {index} in term {term}")
         for after in range(index + 1, min(record.last, self.commit) + 1):
             if record.terms.get(after) == self.committed[after]:
-                raise Violation("committed-kept",
+                self._wrong("committed-kept",
                                 f"node {node} drops committed {after} for a snapshot of {index}")  # fmt: skip
         record.terms = {index: term}
         record.base = record.last = record.durable = record.covered = index
@@ -200,9 +207,9 @@ class Invariants:
         anybody anything."""
         record = self.node(node)
         if hard < record.hard_durable:
-            raise Violation("term-monotone", f"node {node} forgot {record.hard_durable}, it has {hard}")
+            self._wrong("term-monotone", f"node {node} forgot {record.hard_durable}, it has {hard}")
         if applied < record.state_durable:
-            raise Violation("state-durable", f"node {node} lost its state of {record.state_durable}")
+            self._wrong("state-durable", f"node {node} lost its state of {record.state_durable}")
         before, durable = record.terms, record.durable
         # What the log does not go back to is in the state, or the check of that says so.
         record.terms = {index: its for index, its in before.items() if index <= base}
@@ -218,15 +225,15 @@ class Invariants:
                 # Nobody else ever knew of it, nor of that term, perhaps: it may come again, as another.
                 self.written.pop((index, its), None)
         if record.last < durable:
-            raise Violation("log-durable", f"node {node} lost entries {record.last + 1} to {durable}")
+            self._wrong("log-durable", f"node {node} lost entries {record.last + 1} to {durable}")
         for index in range(base + 1, min(durable, record.last) + 1):
             if record.terms[index] != before.get(index):
-                raise Violation("log-durable", f"node {node} has another entry {index} than the durable one")
+                self._wrong("log-durable", f"node {node} has another entry {index} than the durable one")
         if applied > record.last:
-            raise Violation("applied-in-log", f"node {node}: state of {applied}, log up to {record.last}")
+            self._wrong("applied-in-log", f"node {node}: state of {applied}, log up to {record.last}")
         expected = self.configuration_at(applied)
         if configuration != expected:
-            raise Violation("configuration-kept", f"node {node} starts at {applied} with {configuration}, "
+            self._wrong("configuration-kept", f"node {node} starts at {applied} with {configuration}, "
                                                   f"it was {expected}")  # fmt: skip
         record.durable = record.covered = record.last
         record.hard = record.hard_durable = record.hard_covered = hard
@@ -240,9 +247,9 @@ class Invariants:
         record = self.node(node)
         for index in range(record.commit + 1, upto + 1):
             if index > self.commit:
-                self._newly_committed(index, record.terms[index], record.voters)
+                self._newly_committed(index, record.terms[index], record.hard.term, record.voters)
             elif self.committed[index] != record.terms[index]:
-                raise Violation("state-machine-safety", f"node {node} decides on another {index}")
+                self._wrong("state-machine-safety", f"node {node} decides on another {index}")
         record.commit = upto
 
     def configuration_at(self, index: int) -> Configuration:
@@ -255,18 +262,20 @@ class Invariants:
         """What `node` says is a promise: it must be true of its disk."""
         kind = message.type
         record = self.node(node)
-        if kind == MessageType.APP_RESP and not message.reject:
+        if kind == MessageType.APP_RESP and not message.reject and message.term >= record.hard.term:
+            # To a leader of an earlier term it tells what was on the disk, and may be void by now. That does
+            # no harm: the one that made it void could not have been elected, had a majority written it.
             if message.index > max(record.durable, record.state_durable):
-                raise Violation("ack-durable", f"node {node} acknowledges {message.index}, "
+                self._wrong("ack-durable", f"node {node} acknowledges {message.index}, "
                                                f"durable is {record.durable}")  # fmt: skip
         elif kind == MessageType.VOTE_RESP and not message.reject:
             if record.hard_durable < (message.term, message.to):
-                raise Violation("vote-durable", f"node {node} votes for {message.to} in term {message.term}, "
+                self._wrong("vote-durable", f"node {node} votes for {message.to} in term {message.term}, "
                                                 f"durable is {record.hard_durable}")  # fmt: skip
             self._vote(node, message.term, message.to)
         elif kind == MessageType.VOTE:
             if record.hard_durable < (message.term, node):
-                raise Violation("vote-durable", f"node {node} stands in term {message.term}, "
+                self._wrong("vote-durable", f"node {node} stands in term {message.term}, "
                                                 f"durable is {record.hard_durable}")  # fmt: skip
             self._vote(node, message.term, node)
         elif kind == MessageType.APP:
@@ -280,11 +289,11 @@ class Invariants:
         record = self.node(node)
         since = own_ns - record.heard_ns
         if record.heard_term == own_term and since < STICKY_NS:
-            raise Violation("stickiness", f"node {node} grants {candidate} a vote "
+            self._wrong("stickiness", f"node {node} grants {candidate} a vote "
                                           f"{since // MS} ms after it heard of its leader")  # fmt: skip
         since = own_ns - record.started_ns
         if record.started_ns and since < STICKY_NS:
-            raise Violation("stickiness", f"node {node} grants {candidate} a vote "
+            self._wrong("stickiness", f"node {node} grants {candidate} a vote "
                                           f"{since // MS} ms after it started")  # fmt: skip
 
     def received(self, node: int, message: Message, term: int, own_ns: int) -> None:
@@ -294,6 +303,11 @@ class Invariants:
             self.called.add((message.term, node))
         elif message.term == term and message.type in _FROM_LEADER:
             record.heard_ns, record.heard_term = own_ns, term
+
+    def conflict(self, node: int, term: int, leader: int, later: int) -> None:
+        """`node` could read under a lease of `term` when `leader` was elected in a later one."""
+        self._wrong("lease-conflict", f"node {node} has a lease in term {term} when node {leader} "
+                                      f"is elected in term {later}")  # fmt: skip
 
     # --- roles, commits ---
 
@@ -320,48 +334,51 @@ class Invariants:
             return
         for_it = self.pre_votes.get((term, node), set()) | {node}
         if not majority(configuration, for_it):
-            raise Violation("pre-vote", f"node {node} stands for election in term {term}, "
+            self._wrong("pre-vote", f"node {node} stands for election in term {term}, "
                                         f"for it were {sorted(for_it)}")  # fmt: skip
 
     def _elected(self, node: int, record: NodeRecord, term: int) -> None:
         other = self.leaders.setdefault(term, node)
         self._vote(node, term, node)
         if other != node:
-            raise Violation("one-leader-a-term", f"nodes {other} and {node} lead in term {term}")
-        last = self.commit
+            self._wrong("one-leader-a-term", f"nodes {other} and {node} lead in term {term}")
+        # What leaders of earlier terms committed. A late leader of an old term may lack later ones.
+        last = bisect_left(self._committed_in, term)
         if last > record.base and record.terms.get(last) != self.committed[last]:
-            raise Violation("leader-completeness", f"leader {node} of term {term} lacks committed {last}")
+            self._wrong("leader-completeness", f"leader {node} of term {term} lacks committed {last}")
 
     def _commits(self, node: int, record: NodeRecord, role: Role, term: int, commit: int,
                  configuration: Configuration) -> None:  # fmt: skip
         if commit < record.commit:
-            raise Violation("commit-monotone", f"node {node} goes back from {record.commit} to {commit}")
+            self._wrong("commit-monotone", f"node {node} goes back from {record.commit} to {commit}")
         for index in range(max(record.commit, record.base) + 1, commit + 1):
             its = record.terms.get(index)
             if its is None:
-                raise Violation("commit-in-log",
-                                f"node {node} commits {index}, its log ends with {record.last}")  # fmt: skip
+                self._wrong("commit-in-log", f"node {node} commits {index}, its log ends with {record.last}")
+                break
             known = self.committed.get(index)
             if known is None:
-                self._newly_committed(index, its, record.voters, configuration)
+                self._newly_committed(index, its, term, record.voters, configuration)
             elif known != its:
-                raise Violation("state-machine-safety", f"{index} is committed in terms {known} and {its}")
+                self._wrong("state-machine-safety", f"{index} is committed in terms {known} and {its}")
         if role is Role.LEADER and record.terms.get(commit) != term:
-            raise Violation("commit-own-term", f"leader {node} of term {term} commits {commit} "
+            self._wrong("commit-own-term", f"leader {node} of term {term} commits {commit} "
                                                f"of term {record.terms.get(commit)} by counting")  # fmt: skip
         record.commit = commit
         record.committed_own_term = max(record.committed_own_term, record.terms.get(commit, 0))
 
-    def _newly_committed(self, index: int, term: int, *configurations: Configuration) -> None:
+    def _newly_committed(self, index: int, term: int, in_term: int, *configurations: Configuration) -> None:
+        """An entry of `term`, by a leader of `in_term`."""
         have = {one for one, record in self.nodes.items() if record.holds_durably(index, term)}
         # The configuration may have changed in the very event in which this was committed.
         if not any(majority(configuration, have) for configuration in configurations):
-            raise Violation("commit-durable", f"{index} is committed, on the disks of {sorted(have)} "
+            self._wrong("commit-durable", f"{index} is committed, on the disks of {sorted(have)} "
                                               f"of {configurations[-1]}")  # fmt: skip
         if index != self.commit + 1:
-            raise Violation("commit-contiguous", f"{index} is committed after {self.commit}")
+            self._wrong("commit-contiguous", f"{index} is committed after {self.commit}")
         self.committed[index] = term
         self.commit = index
+        self._committed_in.append(max(in_term, self._committed_in[-1] if self._committed_in else 0))
 
     # --- applying ---
 
@@ -370,13 +387,13 @@ class Invariants:
         record = self.node(node)
         index = entry.index
         if index != record.applied + 1:
-            raise Violation("applied-in-order", f"node {node} applies {index} after {record.applied}")
+            self._wrong("applied-in-order", f"node {node} applies {index} after {record.applied}")
         if not accepted:
             if self.committed.get(index) != entry.term:
-                raise Violation("applied-committed", f"node {node} applies {index} of term {entry.term}, "
+                self._wrong("applied-committed", f"node {node} applies {index} of term {entry.term}, "
                                                      "which is not committed")  # fmt: skip
             if index > max(record.durable, record.state_durable):
-                raise Violation("applied-durable",
+                self._wrong("applied-durable",
                                 f"node {node} applies {index}, durable is {record.durable}")  # fmt: skip
         else:
             self._accepting = node
@@ -390,7 +407,7 @@ class Invariants:
             self._first(index, digest.digest(), effects)
             return True
         if known != digest.digest():
-            raise Violation("state-machine-safety", f"node {node} does something else at {index}")
+            self._wrong("state-machine-safety", f"node {node} does something else at {index}")
         return False
 
     def _first(self, index: int, digest: bytes, effects: Sequence[Effect]) -> None:
@@ -426,7 +443,7 @@ class Invariants:
         """A whole state, as it is found on a disk or in a snapshot, is what the log makes up to `index`."""
         total = sum(int.from_bytes(_row_hash(key, row), "big") for key, row in state.items(b"", b""))
         if total != self._state_sums[index]:
-            raise Violation("state-hash", f"node {node}: its state of {index} is not what the log says")
+            self._wrong("state-hash", f"node {node}: its state of {index} is not what the log says")
 
     # --- clients ---
 
@@ -437,7 +454,7 @@ class Invariants:
     def may_read(self, node: int, revision: int, at_call: int, how: str) -> None:
         """`node` answers a linearizable read at `revision`; `at_call` had been acknowledged before it."""
         if revision < at_call:
-            raise Violation("stale-read", f"{how} at node {node} is answered as of {revision}; "
+            self._wrong("stale-read", f"{how} at node {node} is answered as of {revision}; "
                                           f"{at_call} had been acknowledged before")  # fmt: skip
 
 

@@ -64,13 +64,14 @@ class Found(NamedTuple):
     runs: int  # until it was found
 
 
-def search(sabotage: Sabotage) -> Found | None:
-    """The first seed that shows it; None if no seed does. Any other check that fails is an AssertionError."""
+def search(sabotage: Sabotage, ignored: frozenset[str] = frozenset()) -> Found | None:
+    """The first seed that shows it, to the checks that are not `ignored`; None if no seed does."""
     with sabotage.applied():
         for number in range(1, sabotage.seeds + 1):
-            result = run(adjusted(plan(number, sabotage.steps, sabotage.nodes), sabotage))
+            chosen = adjusted(plan(number, sabotage.steps, sabotage.nodes), sabotage)
+            settings = replace(chosen.settings, ignored_checks=ignored)
+            result = run(replace(chosen, settings=settings))
             if result.failed:
-                assert result.check in sabotage.checks, f"{sabotage.name}: {result.message}"
                 return Found(result, number)
     return None
 
@@ -279,7 +280,7 @@ _ALL: Final = (
     Sabotage("early-configuration", "a new configuration before a commit of the own term (Ongaro, 2015)",
              [(leading.Leading, "propose_configuration", _change_at_once)],
              frozenset({"configuration-after-commit", "one-configuration"}),
-             kinds=("crash", "transfer", "blackout", *_MEMBERS), gap_ns=50 * MS),
+             kinds=("transfer", "transfer", *_MEMBERS), gap_ns=15 * MS),
     Sabotage("lease-through-transfer", "a leader that hands over trusts its lease (braft #366)",
              [(leading.Leading, "transfer_leader", _transfer_keeps_lease)],
              frozenset({"lease-conflict", "stale-read"}), kinds=("transfer", "partition", "slow", "pause")),

@@ -216,7 +216,7 @@ def shrink(failing: Plan, progress: Callable[[int, int], object] | None = None,
             trial = replace(failing, left_out=left_out | frozenset(kept[at : at + size]))
             result = runner(trial)
             runs += 1
-            if result.check == best.check:
+            if result.check == best.check and len(result.faults) < len(best.faults):
                 best, left_out = result, trial.left_out
                 kept = [number for number, _ in result.faults]
             else:
