@@ -182,6 +182,7 @@ def split(frame: memoryview) -> tuple[int, memoryview]:
 def unpack(payload: memoryview | bytes, items_max: int = PEER_ITEMS_MAX) -> Any:
     """The bound on arrays and maps holds level by level: a short frame cannot announce, level within
     level, arrays that would fill the memory before their first element is read."""
+    items_max = min(items_max, len(payload))  # each has a byte at least
     try:
         return msgpack.unpackb(payload, raw=False, use_list=False, strict_map_key=True,
                                max_array_len=items_max, max_map_len=items_max, max_ext_len=0)  # fmt: skip

@@ -1,6 +1,7 @@
 """Frames: read back as they were written; anything else is a ProtocolError and nothing but that."""
 
 import contextlib
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from aspenfs import errors
 from aspenfs.cluster.messages import from_wire
-from aspenfs.limits import PEER_FRAME_BYTES_MAX, PEER_REQUEST_BYTES_MAX
+from aspenfs.limits import PEER_FRAME_BYTES_MAX, PEER_ITEMS_MAX, PEER_REQUEST_BYTES_MAX
 from aspenfs.runtime.peers import frames
 from aspenfs.runtime.peers.frames import Admitted, Hello, Join, LinkKind, Parts, Type, Welcome
 from tests.runtime.peers.nodes import message
@@ -106,6 +107,18 @@ def test_bytes_that_anybody_sent_are_read_or_refused(
 ) -> None:
     with contextlib.suppress(errors.ProtocolError, errors.NotSupported):
         decode(memoryview(data))
+
+
+@pytest.mark.parametrize("announced", [9_999, 100_000, PEER_ITEMS_MAX, PEER_ITEMS_MAX + 1, 1 << 24])
+def test_what_is_only_announced_takes_little_memory(announced: int) -> None:
+    nested = memoryview((b"\xdd" + announced.to_bytes(4, "big")) * 2000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(errors.ProtocolError):
+            frames.unpack(nested)
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    finally:
+        tracemalloc.stop()
 
 
 GOOD: list[bytes] = [

@@ -180,26 +180,31 @@ async def test_many_requests_at_once_get_each_its_own_answer(tmp_path: Path) -> 
 @in_trio
 async def test_the_bytes_of_requests_under_way_are_bounded(tmp_path: Path) -> None:
     one, two = make_nodes(tmp_path, 2)
-    most = under_way = 0
+    release = trio.Event()
+    held = answered = 0
 
-    async def slow(peer: int, body: bytes) -> int:
-        nonlocal most, under_way
-        under_way += len(body)
-        most = max(most, under_way)
-        await trio.sleep(0.01)
-        under_way -= len(body)
+    async def hold(peer: int, body: bytes) -> int:
+        nonlocal held
+        held += len(body)
+        await release.wait()
         return len(body)
 
-    two.network.handle("blob.put", slow)
+    two.network.handle("blob.put", hold)
 
     async def ask() -> None:
+        nonlocal answered
         assert await one.network.request(2, "blob.put", bytes(3 << 20), timeout_s=15) == 3 << 20
+        answered += 1
 
-    async with running(one, two):
-        async with trio.open_nursery() as nursery:
-            for _ in range(40):
-                nursery.start_soon(ask)
-        assert 3 << 20 < most <= PEER_REQUESTS_BYTES_MAX
+    async with running(one, two), trio.open_nursery() as nursery:
+        for _ in range(20):
+            nursery.start_soon(ask)
+        most = PEER_REQUESTS_BYTES_MAX // (3 << 20) * (3 << 20)
+        await until(lambda: held >= most)
+        await trio.sleep(0.2)
+        assert held == most
+        release.set()
+        await until(lambda: answered == 20)
 
 
 @in_trio
@@ -306,6 +311,19 @@ async def test_a_small_request_does_not_wait_behind_bulk_data(tmp_path: Path) ->
         hold.set()
 
 
+@in_trio
+async def test_a_request_waits_for_the_bulk_link_of_a_peer_that_lives(tmp_path: Path) -> None:
+    one, two = make_nodes(tmp_path, 2)
+    two.network.handle("blob.echo", echo)
+    async with running(one, two):
+        link = one.network._links[2, LinkKind.BULK]
+        await link.up.wait()
+        assert link.channel is not None
+        link.channel.end("for the test")
+        await until(lambda: link.channel is None)
+        assert await one.network.request(2, "blob.echo", 7, timeout_s=10) == 7
+
+
 # --- members ---
 
 
@@ -367,9 +385,8 @@ async def test_a_changed_address_is_followed_at_once(tmp_path: Path) -> None:
         table = {1: one.row, 2: two.row}
         two.network.set_members(table)
         one.network.set_members({**table, 2: two.row._replace(addresses=("127.0.0.1:1",))})
-        await until(lambda: one.network.peer_error(2))
-        await trio.sleep(0.5)  # the pauses between attempts have grown
-        one.network.set_members(table)
+        await until(lambda: one.network.peer_error(2) and one.network.peer_error(2).attempts == 7)  # type: ignore[union-attr]
+        one.network.set_members(table)  # at the beginning of a pause of half a second at least
         with trio.fail_after(0.4):
             await until(lambda: one.network.connected() == {2})
 
