@@ -159,6 +159,9 @@ class _Evaluated:
         """As `Applier.add`."""
         self.effects[index] = effects
 
+    def checkpoint(self, index: int) -> None:
+        """As `Applier.checkpoint`: states are compared at every entry here."""
+
     def changed(self, index: int, events: Sequence[Event], origin: object) -> None:
         """An observer of the engine."""
         self.events[index] = events

@@ -262,9 +262,12 @@ class Client:
 
     def _compact(self) -> None:
         assert self.process is not None
-        revision = self.process.engine.committed_revision - self.rng.randrange(300)
-        if revision > 0:
-            self._send_untold(self.process.engine.compact_command(revision))
+        engine = self.process.engine
+        revision = engine.committed_revision - self.rng.randrange(300)
+        if self.rng.random() < 0.3:
+            self._send_untold(engine.checkpoint_command())
+        elif revision > 0:
+            self._send_untold(engine.compact_command(revision))
         else:
             self._later()
 
