@@ -128,8 +128,9 @@ class Wal:
     def _take_over(self, found: Recovered, claim: bool) -> None:
         # After the end of a process the log may still be in the page cache only; what replay hands
         # out must not be lost any more. If it ended because a sync failed, the kernel has called clean
-        # what it did not write, and a sync alone would write nothing: so it is written again. And before anything is appended, files behind the end lose
-        # their names, so that no later recovery can take them for a continuation.
+        # what it did not write, and a sync alone would write nothing: so it is written again. And before
+        # anything is appended, files behind the end lose their names, so that no later recovery can take
+        # them for a continuation.
         for segment in found.segments:
             number, offset = found.synced
             if segment.number >= number:
