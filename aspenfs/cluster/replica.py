@@ -100,11 +100,14 @@ class Replica:
     """One node of a cluster. See the head of this file."""
 
     def __init__(self, raft: Raft, owner: Owner, monotonic_ns: Callable[[], int], *, incarnation: int,
-                 proposal_timeout_ms: int = PROPOSAL_TIMEOUT_MS) -> None:  # fmt: skip
-        """`monotonic_ns` counts suspend (CLOCK_BOOTTIME); `incarnation` is greater with each start."""
+                 proposal_timeout_ms: int = PROPOSAL_TIMEOUT_MS,
+                 batch_bytes: int = RAFT_APPEND_BYTES_MAX) -> None:  # fmt: skip
+        """`monotonic_ns` counts suspend (CLOCK_BOOTTIME); `incarnation` is greater with each start.
+        `batch_bytes`: of proposals that are sent, or go into the log, at once."""
         self.raft, self._owner, self._now = raft, owner, monotonic_ns
         self._incarnation = incarnation << INCARNATION_SHIFT
         self._timeout_ns = proposal_timeout_ms * _NS_PER_MS
+        self._batch_bytes = batch_bytes
         self._ticks = 0
         # Proposals: waiting for a leader, and those sent to one: (term, number) -> proposal, in order.
         self._unsent: deque[_Proposal] = deque()
@@ -479,7 +482,7 @@ class Replica:
         unsent, sent = self._unsent, self._sent
         own = HEADER.pack(raft.node_id, 0)[:8]
         taken: list[tuple[int, _Proposal]] = []
-        while unsent and size < RAFT_APPEND_BYTES_MAX:
+        while unsent and size < self._batch_bytes:
             proposal = unsent.popleft()
             self._count += 1
             number = self._incarnation | self._count
@@ -542,7 +545,7 @@ class Replica:
             payload = own + number.to_bytes(8, "little") + proposal.command
             batch.append((number, payload))
             size += len(payload)
-            if size >= RAFT_APPEND_BYTES_MAX:
+            if size >= self._batch_bytes:
                 self._forward(raft.leader, term, batch)
                 batch, size = [], 0
         if batch:
@@ -595,7 +598,7 @@ class Replica:
         if self._written > self._synced and self._queue_bytes < _QUEUE_BYTES_ENOUGH:
             return
         count, size = 0, 0
-        while count < len(self._queue) and size < RAFT_APPEND_BYTES_MAX:
+        while count < len(self._queue) and size < self._batch_bytes:
             size += len(self._queue[count][1])
             count += 1
         try:
