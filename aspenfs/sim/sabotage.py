@@ -89,6 +89,19 @@ def _acknowledge_before_sync(self: Raft) -> Ready:
     return ready._replace(messages=[*ready.messages, *ready.messages_after_sync], messages_after_sync=[])
 
 
+def _count_what_is_written(self: Raft) -> Ready:
+    ready = _right_ready(self)
+    if ready.entries:
+        self.persisted(ready.entries[-1].index, ready.entries[-1].term)
+    return ready
+
+
+def _count_what_is_accepted(self: Raft, kind: int, data: bytes) -> Entry:
+    entry = _right_append_alone(self, kind, data)
+    self.persisted(entry.index, entry.term)
+    return entry
+
+
 def _forget_vote(self: Raft) -> Ready:
     ready = _right_ready(self)
     if ready.hard_state is None:
@@ -236,6 +249,7 @@ def _lose_batches(self: Hub, committed: int, batches: Sequence[Any]) -> None:
 
 _right_ready = Raft.ready
 _right_propose_configuration = leading.Leading.propose_configuration
+_right_append_alone = leading.Leading.append_alone
 _right_transfer = leading.Leading.transfer_leader
 _right_receive = Replica.receive
 _right_take_proposals = Replica._take_proposals
@@ -246,6 +260,10 @@ _right_publish = Hub.publish
 _ALL: Final = (
     Sabotage("ack-before-sync", "acknowledge entries and votes before they are on disk (etcd #14370)",
              [(Raft, "ready", _acknowledge_before_sync)], frozenset({"ack-durable", "vote-durable"})),
+    Sabotage("count-unsynced", "a leader counts its own disk before the sync (etcd #14370)",
+             [(Raft, "ready", _count_what_is_written),
+              (leading.Leading, "append_alone", _count_what_is_accepted)],
+             frozenset({"commit-durable", "applied-durable"}), nodes=1),
     Sabotage("forget-vote", "the term is written, the vote is not (Raft §5.2)",
              [(Raft, "ready", _forget_vote)], frozenset({"vote-durable"})),
     Sabotage("vote-before-sync", "no sync for a turn that has but a vote",

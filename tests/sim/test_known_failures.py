@@ -484,16 +484,22 @@ def test_ambiguous_timeout_retry_with_a_number_applies_once(three: Scenario) -> 
     assert three.get(other, b"k/list") == b"x"
 
 
-def test_proposal_under_way_when_the_leader_changes_is_applied_once_without_a_number(three: Scenario) -> None:
-    leader = three.leader()
-    node, other = three.others(leader)
-    answers = [three.txn(node, [], [types.merge(b"k/list", types.append(b"%02d" % n))]) for n in range(30)]
-    three.pass_ms(3)
-    three[leader].do(transfer, three[leader], other)
-    results = [answer.result() for answer in answers]
-    assert all(isinstance(result, TxnResult) for result in results)
-    items = three.get(other, b"k/list")
-    assert sorted(items[at : at + 2] for at in range(0, len(items), 2)) == [b"%02d" % n for n in range(30)]
+@pytest.mark.parametrize("seed", range(40))
+def test_proposal_under_way_when_the_leader_changes_is_applied_once_without_a_number(seed: int) -> None:
+    with Scenario(3, seed=seed, sync_ns=10 * MS) as scenario:
+        leader = scenario.leader()
+        node, other = scenario.others(leader)
+        answers = [
+            scenario.txn(node, [], [types.merge(b"k/list", types.append(b"%02d" % n))]) for n in range(10)
+        ]
+        scenario.pass_ms(seed)
+        scenario[leader].do(transfer, scenario[leader], other)
+        results = [answer.result() for answer in answers]
+        assert all(isinstance(result, TxnResult) for result in results)
+        items = scenario.get(other, b"k/list")
+        assert sorted(items[at : at + 2] for at in range(0, len(items), 2)) == [
+            b"%02d" % n for n in range(10)
+        ]
 
 
 def test_without_a_majority_calls_end_in_bounded_time(three: Scenario) -> None:
