@@ -87,6 +87,14 @@ SNAPSHOTS_MAX = 2  # being sent at a time; who asks for more waits
 SNAPSHOT_BLOCK_BYTES = 1 * MIB  # of rows in one answer, or one row that is larger
 SNAPSHOT_GROWTH_BYTES_MAX = 8 * GIB  # the state's file, which never shrinks, may grow on its account
 SNAPSHOT_FREE_BYTES_MIN = 256 * MIB  # with less left on the disk it is dropped
+DIGEST_PERIOD_S = 300  # between two comparisons of the states of members; longer where it costs more than:
+DIGEST_MEAN_PERCENT = 1  # of one core, on the average, for walking over the state
+DIGEST_PERCENT = 10  # of one core while it does
+DIGEST_HURRY_PERCENT = 50  # when somebody waits, or when pinned pages have made the state's file grow by
+DIGEST_HURRY_BYTES = 64 * MIB
+DIGEST_GROWTH_BYTES_MAX = 1 * GIB  # a walk on whose account it has grown by so much is given up
+DIGEST_AGE_MAX_S = 3_600  # and one that takes longer: some 700 M rows
+DIGEST_AGAIN_S = 30  # to the next comparison, when states differed or a member did not tell
 BACKUP_FRAME_BYTES_MAX = 3 * MIB  # one frame: a block of rows or a chunk; what a reader holds in memory
 BACKUP_DIGESTS_BYTES = 16 * MIB  # names of chunks in memory; the others are in a file meanwhile
 
@@ -161,6 +169,9 @@ assert SNAPSHOT_BLOCK_BYTES + 2 * VALUE_BYTES_MAX < PEER_REQUEST_BYTES_MAX  # a 
 assert max(SNAPSHOT_BLOCK_BYTES + 2 * VALUE_BYTES_MAX, CHUNK_BYTES_MAX) <= BACKUP_FRAME_BYTES_MAX
 assert BACKUP_FRAME_BYTES_MAX + 4 * KIB < CONTROL_FRAME_BYTES_MAX
 assert SNAPSHOT_FREE_BYTES_MIN > 2 * RESERVE_BYTES  # before the state finds no room
+assert DIGEST_MEAN_PERCENT < DIGEST_PERCENT < DIGEST_HURRY_PERCENT < 100
+assert DIGEST_AGAIN_S <= DIGEST_PERIOD_S
+assert DIGEST_HURRY_BYTES < DIGEST_GROWTH_BYTES_MAX < SNAPSHOT_GROWTH_BYTES_MAX
 assert PROPOSAL_TIMEOUT_MS < 1000 * BLOB_PIN_S / 4  # what a proposal names is there when it is applied
 assert HEARTBEAT_TICKS * 4 < ELECTION_TICKS
 assert TXN_BYTES_MAX + 16 < WAL_FRAME_BYTES_MAX < RAFT_INFLIGHT_BYTES_MAX

@@ -5,16 +5,19 @@ Belongs here: choosing from what is known, and wording it. Not here: the facts t
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from aspenfs.cli.member import for_readers
 from aspenfs.cli.output import utc
 from aspenfs.runtime import cluster_view
-from aspenfs.runtime.cluster_view import Problem
+from aspenfs.runtime.cluster_view import Problem, name_of
 from aspenfs.runtime.consensus import Consensus
 from aspenfs.runtime.control_cluster import Peering
+from aspenfs.runtime.divergence import Verdict
 from aspenfs.runtime.lags import Lags
 from aspenfs.runtime.members import Members
+from aspenfs.runtime.quarantine import Quarantine
 from aspenfs.runtime.snapshots.client import Progress
 
 
@@ -23,6 +26,13 @@ class BlobFacts(NamedTuple):
 
     missing: int = 0  # here; they are being fetched
     unavailable: int = 0  # of these no node that is reached has one
+
+
+class StateFacts(NamedTuple):
+    """What comparing the states of the members has brought to light."""
+
+    verdict: Verdict | None  # the last one
+    quarantine: Quarantine | None  # of this node
 
 
 class ClusterFacts(NamedTuple):
@@ -35,6 +45,7 @@ class ClusterFacts(NamedTuple):
     peering: Peering
     blobs: Callable[[], BlobFacts]
     snapshot: Callable[[], Progress | None]  # that this node is fetching
+    states: Callable[[], StateFacts]
 
 
 class Told(NamedTuple):
@@ -48,6 +59,8 @@ def describe_cluster(facts: ClusterFacts, now_ns: int) -> Told:
     raft = consensus.replica.raft
     rows = cluster_view.member_rows(members, facts.lags, peering.network, facts.node)
     problems = cluster_view.problems(rows, raft.configuration, raft.leader, facts.node)
+    verdict, quarantine = facts.states()
+    problems = cluster_view.state_problems(verdict, quarantine, partial(name_of, members)) + problems
     network, keeper, blobs = peering.network, peering.keeper, facts.blobs()
     if keeper is not None and (problem := cluster_view.certificate_problem(keeper.expires_ns, now_ns)):
         problems.append(problem)
@@ -62,6 +75,9 @@ def describe_cluster(facts: ClusterFacts, now_ns: int) -> Told:
         "listen": peering.settings.listen if network is not None and peering.settings is not None else None,
         "certificate_expires": utc(keeper.expires_ns) if keeper is not None else None,
     }
+    if verdict is not None:
+        result = "no majority" if not verdict.digest else "differ" if verdict.differing else "equal"
+        fields["states_compared"] = {"result": result, "entry": verdict.index, "at": utc(verdict.time_ns)}
     progress = facts.snapshot()
     if progress is not None:
         fields["snapshot"] = {"from": cluster_view.name_of(members, progress.source), "bytes": progress.bytes,
@@ -73,9 +89,21 @@ def describe_cluster(facts: ClusterFacts, now_ns: int) -> Told:
         "members_unreachable": sum(row["state"] == "unreachable" for row in shown),
         "blobs_missing": blobs.missing,
         "blobs_unavailable": blobs.unavailable,
+        "quarantine": int(quarantine is not None),
+        **_state_figures(verdict),
     }
     lag = facts.lags.of(facts.node)
     return Told(fields, problems, figures if lag is None else {**figures, "lag": lag})
+
+
+def _state_figures(verdict: Verdict | None) -> dict[str, int]:
+    """`states_disagree`: they differ, and no majority has the same one."""
+    if verdict is None:
+        return {"members_diverged": 0, "states_disagree": 0, "states_compared_entry": 0}
+    diverged = {*verdict.differing, *verdict.quarantined} if verdict.digest else ()
+    disagree = not verdict.digest and verdict.differing != ()
+    return {"members_diverged": len(diverged), "states_disagree": int(disagree),
+            "states_compared_entry": verdict.index}  # fmt: skip
 
 
 def _unavailable(count: int) -> Problem:

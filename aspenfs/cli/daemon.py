@@ -19,9 +19,9 @@ import trio
 
 from aspenfs import errors
 from aspenfs.blobs.store import BlobStore
-from aspenfs.cli.beside import Beside, Tasks
+from aspenfs.cli.beside import Beside, Tasks, pause
 from aspenfs.cli.checking import OnlineCheck
-from aspenfs.cli.cluster_status import BlobFacts, ClusterFacts
+from aspenfs.cli.cluster_status import BlobFacts, ClusterFacts, StateFacts
 from aspenfs.cli.flood import FloodFilter
 from aspenfs.cli.lock import StateLock
 from aspenfs.cli.options import MountOptions
@@ -43,17 +43,20 @@ from aspenfs.runtime.backup.writing import OnlineBackup
 from aspenfs.runtime.blob_replication.durable import GroupSync
 from aspenfs.runtime.blob_replication.replicator import BlobReplicator
 from aspenfs.runtime.catching_up import CatchingUp
+from aspenfs.runtime.checkpoints import Checkpoints
+from aspenfs.runtime.cluster_view import name_of
 from aspenfs.runtime.control import ControlServer
 from aspenfs.runtime.control_cluster import ClusterControl
 from aspenfs.runtime.control_command import Call
 from aspenfs.runtime.disk import RealDisk
+from aspenfs.runtime.divergence import Divergence
 from aspenfs.runtime.host import NodeStore
 from aspenfs.runtime.lags import Lags
 from aspenfs.runtime.members import Members
 from aspenfs.runtime.peering import Peering, Switch
 from aspenfs.runtime.peers import credentials
 from aspenfs.runtime.reserve import Reserve
-from aspenfs.runtime.snapshots.server import SnapshotServer, digest_of_state
+from aspenfs.runtime.snapshots.server import SnapshotServer
 from aspenfs.runtime.system import SystemClock, SystemEntropy
 from aspenfs.vfs.coherence import Coherence
 from aspenfs.vfs.filesystem import ROOT_INODE, FileSystem
@@ -121,12 +124,13 @@ class Node:
         self.notifier = notifier = Notifier(
             lambda: [ROOT_INODE, *self.filesystem.known], lambda ino: self.filesystem.knows(ino)
         )
-        coherence = Coherence(self.store, options.consistency, notifier)
+        coherence = Coherence(self.store, options.consistency, notifier, pause)
         self.filesystem = filesystem = FileSystem(
             list(trees.values()), clock.time_ns(), coherence, trio.lowlevel.checkpoint
         )
         self.beside = Beside(files, filesystem, notifier)
         self.store.replaced.append(self.filesystem.replaced)
+        self.store.suspended.append(lambda: coherence.everything(filesystem.known))
         self.stop = trio.Event()
 
     def _join_in(self, incarnation: int) -> None:
@@ -139,8 +143,12 @@ class Node:
         self.peering = Peering(path, store, self.members, self.lags, switch, incarnation, clock, entropy,
                                settings)  # fmt: skip
         self.catching_up = CatchingUp(store, switch, path)
-        self.snapshots = SnapshotServer(store.state, entropy, lambda: _free_bytes(path))
+        self.snapshots = SnapshotServer(store.state, entropy, lambda: _free_bytes(path),
+                                        lambda: store.quarantine and store.quarantine.error())  # fmt: skip
         self.snapshots.register(switch)
+        store.suspended.append(self.snapshots.look)
+        self.checkpoints = Checkpoints(store.state, store.applier, lambda: _free_bytes(path))
+        self.divergence = Divergence(store, self.checkpoints, switch, clock, self.members.step_down)
         self.blob_sync = GroupSync(self.blobs.sync, lambda: self.blobs.dirty)
         self.replicator = replicator = BlobReplicator(
             self.blobs,
@@ -181,7 +189,8 @@ class Node:
     def status(self) -> Mapping[str, Any]:
         """What cluster/ and `aspen status` show."""
         facts = ClusterFacts(self.store.node_id, self.members, self.lags, self.store.consensus, self.peering,
-                             self._blob_facts, lambda: self.catching_up.progress)  # fmt: skip
+                             self._blob_facts, lambda: self.catching_up.progress,
+                             lambda: StateFacts(self.divergence.latest, self.store.quarantine))  # fmt: skip
         return describe(
             self.options, self.store, self.blobs, self.volume, self.filesystem, self.notifier, facts
         )
@@ -208,6 +217,8 @@ class Node:
                 await nursery.start(self.replicator.run)
                 nursery.start_soon(self.catching_up.run)
                 nursery.start_soon(self.snapshots.run)
+                nursery.start_soon(self.checkpoints.run)
+                nursery.start_soon(self.divergence.run)
                 await nursery.start(self.peering.run)
                 # Before there is anything to serve: who waits for that wants to know how far it is.
                 cluster = ClusterControl(self.store.identity, self.store, self.members, self.lags,
@@ -219,7 +230,7 @@ class Node:
                     self.store,
                     self.status,
                     {"check": check.handle, "backup": backup.handle, "sync": self._sync,
-                     "state.digest": self._digest, **cluster.handlers},
+                     "state.digest": self._digest, "state.compare": self._compare, **cluster.handlers},
                     clock=self.clock,
                     release=_release(),
                 )
@@ -263,6 +274,7 @@ class Node:
 
     async def _formatted(self) -> None:
         """There is a file system to serve: made here by the founder, else fetched from the others."""
+        await self.store.well()
         if self.store.alone:
             await self.volume.format(uid=os.geteuid(), gid=os.getegid())
             return
@@ -287,8 +299,17 @@ class Node:
 
     async def _digest(self, call: Call) -> Mapping[str, Any]:
         """The digest of what is applied, alike on every node at that index: to compare nodes."""
-        found = await digest_of_state(self.store.state)
-        return {"index": found.index, "digest": found.digest.hex(), "rows": found.rows}
+        found = await self.snapshots.digest(self.store.node_id, None)
+        return {**found, "digest": found["digest"].hex()}
+
+    async def _compare(self, call: Call) -> Mapping[str, Any]:
+        """`aspen check --cluster`: all members compare their states. Items only say that it goes on."""
+        verdict = await self.divergence.compare(lambda index: call.item({"index": index}))
+        rows = [{"id": node, "name": name_of(self.members, node),
+                 "digest": verdict.told[node].hex() if node in verdict.told else None,
+                 "differs": node in verdict.differing, "cause": verdict.silent.get(node, "")}
+                for node in sorted({*verdict.told, *verdict.silent})]  # fmt: skip
+        return {"index": verdict.index, "digest": verdict.digest.hex(), "members": rows}
 
     async def _signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:

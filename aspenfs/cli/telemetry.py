@@ -7,8 +7,10 @@ import os
 import resource
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Final
 
+from aspenfs import errors
 from aspenfs.blobs.store import BlobStore
 from aspenfs.cli.cluster_status import ClusterFacts, Told, describe_cluster
 from aspenfs.cli.options import MountOptions
@@ -46,11 +48,11 @@ def describe(
     others = describe_cluster(cluster, time.time_ns()) if cluster is not None else Told({}, [], {})
     state = str(figures.pop("state"))
     name = str(figures["cluster"])
-    problems = [] if state == "ok" else [_CONDITIONS[state]]
+    problems = [_CONDITIONS[state]] if state in _CONDITIONS else []
     problems += [problem._asdict() for problem in others.problems]
     numbers: dict[str, int | float] = {
         **{key: value for key, value in figures.items() if isinstance(value, int) and key not in _IDS},
-        "inodes": volume.inode_count(),
+        **_stored(volume),
         "inodes_known": len(filesystem.known),
         "handles": len(filesystem.handles),
         "blob_chunks": chunks.chunks,
@@ -84,3 +86,10 @@ def describe(
             for key, value in numbers.items()
         },
     }
+
+
+def _stored(volume: Volume) -> dict[str, int]:
+    """What only the state tells; nothing, if nothing is told from it."""
+    with suppress(errors.Diverged):
+        return {"inodes": volume.inode_count()}
+    return {}

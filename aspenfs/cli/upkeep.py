@@ -100,5 +100,5 @@ class Upkeep:
                 while await self.files.reap():
                     pass
             await self.files.sync()
-        except errors.NoSpace as error:
+        except (errors.NoSpace, errors.ClusterError) as error:
             log.warning("left to the next start: %s", error)

@@ -4,13 +4,15 @@ Belongs here: what `aspen status`, `aspen member list` and `cluster/` tell alike
 (`members.py`), figures of this node alone (`store_status.py`), words on a terminal (`cli/`).
 """
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, Final, NamedTuple
 
 from aspenfs.cluster.types import Configuration
+from aspenfs.runtime.divergence import Verdict
 from aspenfs.runtime.lags import Lags
 from aspenfs.runtime.members import Member, Members
 from aspenfs.runtime.peers.network import REMOVED, PeerNetwork
+from aspenfs.runtime.quarantine import Quarantine
 
 _NS_PER_S: Final = 1_000_000_000
 _DAY_S: Final = 86_400
@@ -26,6 +28,12 @@ _NO_LEADER: Final = (
     "aspen status on each of them"
 )
 _LOST: Final = "start it again, or mend the network; if it is lost for good"
+_GETTING_WELL: Final = "it fetches another state by itself, within minutes; aspen status there tells more"
+_NOT_WELL: Final = "if that does not come: are they connected, and what does daemon.log say?"
+_NOBODY_KNOWS: Final = (
+    "nothing was touched. Find out which node is right (aspen check on each, your backups), aspen member "
+    "remove the others, empty their state directories, and let them join again"
+)
 _RENEWAL: Final = "it is renewed by itself while a voter is connected: daemon.log says why it was not"
 
 Row = Mapping[str, Any]
@@ -118,6 +126,27 @@ def problems(rows: Sequence[Row], configuration: Configuration, leader: int, own
         advice = f"{_LOST}: aspen member remove {names[0]}, then join another one"
         told.append(Problem(f"{lost}; writes go on", advice))
     return told
+
+
+def state_problems(verdict: Verdict | None, marker: Quarantine | None,
+                   name: Callable[[int], str]) -> list[Problem]:  # fmt: skip
+    """What is known to be wrong with the states of members. `verdict` is the last one, `marker` of this node;
+    `name` tells what a node is called."""
+    if marker is not None:
+        cause = f"this node's state differs from the majority's (entry {marker.index}): it serves nothing"
+        sources = ", ".join(map(name, marker.sources))
+        return [Problem(cause, f"it is fetching the state of {sources}, and then serves again; {_NOT_WELL}")]
+    if verdict is None:
+        return []
+    if verdict.digest:
+        bad = ", ".join(map(name, (*verdict.differing, *verdict.quarantined)))
+        found = f"the state of {bad} was found to differ from the majority's (entry {verdict.index})"
+        return [Problem(f"{found}: it serves nothing", _GETTING_WELL)] if bad else []
+    if not verdict.differing:
+        return []
+    told = [f"{name(node)} {digest.hex()[:8] or 'unreadable'}" for node, digest in verdict.told.items()]
+    found = f"the states of the members differ at entry {verdict.index}, and no majority agrees"
+    return [Problem(f"{found}: {', '.join(told)}", _NOBODY_KNOWS)]
 
 
 def certificate_problem(expires_ns: int, now_ns: int) -> Problem | None:

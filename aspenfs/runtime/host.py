@@ -350,12 +350,11 @@ class NodeStore:
         while keeps_log and raft.log.persisted < fetched.index:
             self._syncer.request()  # after a loss of power the log must still lead on from that state
             await trio.sleep(TICK_MS / 1000)
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(self._applier.stop)
-            await trio.to_thread.run_sync(
-                partial(install, self._directory, self._wal, fetched.index, keeps_log=keeps_log)
-            )
+        put_in_place = partial(install, self._directory, self._wal, fetched.index, keeps_log=keeps_log)
         try:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._applier.stop)
+                await trio.to_thread.run_sync(put_in_place)
             # No await from here on: readers see the old state or the new one.
             self._state.adopt(StateDb(self._directory / STATE_DIRECTORY, free_bytes=self._free_bytes))
             self._applier.rebase(fetched.index)
@@ -718,6 +717,10 @@ class NodeStore:
         return await self._number(self.engine.checkpoint_command())
 
     # --- looking at it ---
+
+    @property
+    def directory(self) -> Path:
+        return self._directory
 
     @property
     def applier(self) -> Applier:

@@ -6,17 +6,21 @@ log speaks of. A chunk may have been pushed here by a node that died before it n
 last name while this node was away. Candidates only: whether they go is decided when they are collected.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 import trio
 
+from aspenfs import errors
 from aspenfs.blobs.store import BlobStore
 from aspenfs.filesystem import references
 from aspenfs.filesystem.volume import Volume
 from aspenfs.kv.store import Store
 from aspenfs.limits import BLOB_PIN_S
 from aspenfs.runtime.blob_replication.pins import Pins
+
+logger = logging.getLogger(__name__)
 
 PERIOD_S: Final = 5.0
 ROWS: Final = 200  # looked at in one turn of the loop: some 1 ms
@@ -54,15 +58,21 @@ class Garbage:
     async def run(self) -> None:
         while True:
             await trio.sleep(PERIOD_S)
-            if not self._is_shared():
-                continue
-            for some in _slices(self._pins.ended()):
-                await self._look_at(some)
-            if self._leads() and not self._led:
-                # Rows of 0 that no leader has taken away yet: see `Content.find_garbage`.
-                self._volume.overlooked = True
-            self._led = self._leads()
-            await self._sweep_on()
+            if self._is_shared():
+                try:
+                    await self._once()
+                except errors.ClusterError as error:
+                    logger.info("looking for blobs without a name waits: %s", error)
+                    self._walk, self._to_sweep = None, True
+
+    async def _once(self) -> None:
+        for some in _slices(self._pins.ended()):
+            await self._look_at(some)
+        if self._leads() and not self._led:
+            # Rows of 0 that no leader has taken away yet: see `Content.find_garbage`.
+            self._volume.overlooked = True
+        self._led = self._leads()
+        await self._sweep_on()
 
     async def _sweep_on(self) -> None:
         """Goes on with the sweep until there are enough candidates for now."""

@@ -97,6 +97,9 @@ class Repair:
                 await step()
             except (errors.SyncFailed, errors.Closed):
                 raise
+            except errors.ClusterError as error:
+                logger.info("repair of blobs waits: %s", error)
+                await trio.sleep(AFTER_FAILURE_S)
             except Exception:
                 logger.exception("repair of blobs failed, and goes on in %g s", AFTER_FAILURE_S)
                 await trio.sleep(AFTER_FAILURE_S)

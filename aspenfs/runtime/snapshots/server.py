@@ -25,7 +25,7 @@ from typing import Any, Final, Protocol
 import trio
 from blake3 import blake3
 
-from aspenfs.errors import ProtocolError
+from aspenfs.errors import AspenError, ProtocolError
 from aspenfs.limits import (
     SNAPSHOT_AGE_MAX_S,
     SNAPSHOT_BLOCK_BYTES,
@@ -86,8 +86,10 @@ class _Pin:
 class SnapshotServer:
     """Answers for the state of this node. All methods belong to the loop's thread."""
 
-    def __init__(self, state: StateDb, entropy: Entropy, free_bytes: Callable[[], int]) -> None:
-        self._state, self._entropy, self._free_bytes = state, entropy, free_bytes
+    def __init__(self, state: StateDb, entropy: Entropy, free_bytes: Callable[[], int],
+                 refusal: Callable[[], AspenError | None] = lambda: None) -> None:  # fmt: skip
+        """`refusal`: why the state here is not to be had, if so."""
+        self._state, self._entropy, self._free_bytes, self._refusal = state, entropy, free_bytes, refusal
         self._pins: dict[bytes, _Pin] = {}
         self._digesting = trio.Lock()
 
@@ -109,10 +111,12 @@ class SnapshotServer:
 
     def look(self) -> None:
         """What `run` does now and then."""
-        now = trio.current_time()
+        now, refusal = trio.current_time(), self._refusal()
         for number, pin in list(self._pins.items()):
             why = ""
-            if now - pin.opened_s > SNAPSHOT_AGE_MAX_S:
+            if refusal is not None:
+                why = str(refusal)
+            elif now - pin.opened_s > SNAPSHOT_AGE_MAX_S:
                 why = f"older than {SNAPSHOT_AGE_MAX_S} s"
             elif now - pin.read_s > SNAPSHOT_IDLE_S_MAX:
                 why = f"not read for {SNAPSHOT_IDLE_S_MAX} s"
@@ -140,6 +144,8 @@ class SnapshotServer:
         for number, pin in list(self._pins.items()):
             if pin.node == node:
                 self._end(number, "another one was asked for")
+        if (refusal := self._refusal()) is not None:
+            return {"refused": str(refusal)}
         if len(self._pins) >= SNAPSHOTS_MAX:
             return {"refused": f"{SNAPSHOTS_MAX} other nodes are being sent a snapshot"}
         if self._free_bytes() < SNAPSHOT_FREE_BYTES_MIN:
@@ -181,6 +187,8 @@ class SnapshotServer:
 
     async def digest(self, node: int, body: Any) -> Answer:
         """The digest of what is applied here now; one at a time."""
+        if (refusal := self._refusal()) is not None:
+            raise refusal
         async with self._digesting:
             return (await digest_of_state(self._state))._asdict()
 
