@@ -10,6 +10,7 @@ sockets; each on an idle loop and on one that is busy with other tasks.
 import argparse
 import json
 import multiprocessing
+import os
 import queue
 import resource
 import socket
@@ -29,6 +30,7 @@ import trio
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from aspenfs.cli.mount import MALLOC_ENVIRONMENT
 from aspenfs.cluster.messages import Message, MessageType
 from aspenfs.runtime import identity
 from aspenfs.runtime.identity import Identity
@@ -303,6 +305,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3000)
     parser.add_argument("--mib", type=int, default=400)
     arguments = parser.parse_args()
+    if not os.environ.keys() >= MALLOC_ENVIRONMENT.keys():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC_ENVIRONMENT})
     sys.setswitchinterval(0.0005)  # as the daemon has it
     report: Report = {}
     with tempfile.TemporaryDirectory() as name:

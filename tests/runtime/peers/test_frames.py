@@ -116,7 +116,8 @@ def test_what_is_only_announced_takes_little_memory(announced: int) -> None:
     try:
         with pytest.raises(errors.ProtocolError):
             frames.unpack(nested)
-        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+        # Ten thousand bytes may hold ten thousand items, but not more; each level costs their pointers.
+        assert tracemalloc.get_traced_memory()[1] < (100 if announced < len(nested) else 1) << 20
     finally:
         tracemalloc.stop()
 
