@@ -371,8 +371,10 @@ class FileSystem:
         return await self.listings.after(tree, node, position, limit)
 
     def ended(self, ino: int, position: int) -> bool:
-        """Whether the kernel may keep what it was given up to `position`, the end: `Listings.ended`."""
-        return self.listings.ended(*self.locate(ino), position)
+        """Whether the kernel may keep what it was given up to `position`, the end: `Listings.ended`. Not with
+        other hosts: all that it asks before it uses a listing are the directory's times, which may be set."""
+        keep = self.listings.ended(*self.locate(ino), position)
+        return keep and not self.coherence.asks_for_directories()
 
     def passed_over(self, ino: int) -> None:
         self.listings.passed_over(*self.locate(ino))

@@ -136,6 +136,19 @@ def test_a_name_that_others_change_makes_the_listing_of_its_directory_stale() ->
     run(test)
 
 
+def test_listings_are_kept_by_the_kernel_of_a_node_alone() -> None:
+    async def test(setup: Setup) -> None:
+        store = Alone()
+        fs = FileSystem([setup.tree], 1, Coherence(store))
+        position = (await fs.names(ROOT_INODE, 0, 10))[-1][1]
+        assert fs.ended(ROOT_INODE, position)
+        store.alone = False
+        assert (await fs.names(ROOT_INODE, 0, 10))[-1][1] == position
+        assert not fs.ended(ROOT_INODE, position)
+
+    run(test)
+
+
 def test_what_the_kernel_forgets_takes_no_memory() -> None:
     fs = FileSystem([Setup().tree], 1)
     inodes = range(1 << 48, (1 << 48) + 3 * KNOWN_KEPT)
