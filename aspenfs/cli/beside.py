@@ -27,6 +27,10 @@ START_S: Final = 10.0  # how long a mount waits for its session before it serves
 END_S: Final = 5.0  # and at the end for what is not committed
 
 
+async def pause() -> None:
+    await trio.sleep(MOMENT_S)
+
+
 class Tasks:
     """The Tasks port of a volume."""
 
@@ -37,7 +41,7 @@ class Tasks:
         return trio.Event()
 
     async def pause(self) -> None:
-        await trio.sleep(MOMENT_S)
+        await pause()
 
     def spawn(self, work: Callable[[], Awaitable[None]]) -> None:
         self._nursery.start_soon(self._run, work)

@@ -100,9 +100,10 @@ class Notifier:
         self._names = 0  # in all of them
         self._again: deque[tuple[float, int]] = deque()  # when, and which inode
         self._everything = False
-        # Inodes whose data is out of date, from the note until the kernel has dropped it; how often. Read
-        # without the lock: one look into a dictionary is atomic.
+        # Inodes from the note until the kernel has dropped what it has of them, how often, and those of
+        # which it may have old pages. Read without the lock: one look into a dictionary is atomic.
         self._untold: dict[int, int] = {}
+        self._old_pages: dict[int, int] = {}
         self._all_untold = 0
         self._busy: set[int] = set()  # inodes at which a thread is
         self._waiting_for_names = 0  # threads at a name
@@ -144,8 +145,10 @@ class Notifier:
             noted = inodes.get(inode)
             if noted is None and not self._has_room():
                 return
+            if noted is None:
+                _count_up(self._untold, inode)
             if data and not noted:
-                self._untold[inode] = self._untold.get(inode, 0) + 1
+                _count_up(self._old_pages, inode)
             inodes[inode] = data or bool(noted)
             self._wake()
 
@@ -168,8 +171,12 @@ class Notifier:
                 self._wake()
 
     def is_untold(self, inode: int) -> bool:
-        """Whether the kernel may still hold content of `inode` that a noted change made stale."""
+        """Whether the kernel has yet to be told of a noted change to `inode`, or is being told."""
         return inode in self._untold or bool(self._all_untold)
+
+    def holds_old_pages(self, inode: int) -> bool:
+        """Whether it may still have content of `inode` that a noted change made stale."""
+        return inode in self._old_pages or bool(self._all_untold)
 
     def drop_attributes(self, inode: int) -> None:
         """At once, in the caller's thread: the kernel never holds that up."""
@@ -209,19 +216,16 @@ class Notifier:
         if not self._everything:
             self._everything = True
             self._all_untold += 1
-        for inode, data in self._inodes.items():
-            if data:
-                self._settle(inode)
+        self._settle(self._inodes)
         self._inodes.clear()
         self._entries.clear()
         self._names = 0
 
-    def _settle(self, inode: int) -> None:
-        left = self._untold[inode] - 1
-        if left:
-            self._untold[inode] = left
-        else:
-            del self._untold[inode]
+    def _settle(self, inodes: Mapping[int, bool]) -> None:
+        for inode, data in inodes.items():
+            _count_down(self._untold, inode)
+            if data:
+                _count_down(self._old_pages, inode)
 
     def _take(self) -> _Work | None:
         """What a thread may do now. Names first: the inodes behind them are told when they mean the right
@@ -249,6 +253,7 @@ class Notifier:
             if inode not in due and inode not in self._busy:
                 again.add(inode)
                 due[inode] = False
+                _count_up(self._untold, inode)
         if not due:
             return None
         for inode in due:
@@ -261,9 +266,7 @@ class Notifier:
             self._busy.discard(work.directory)
             self._waiting_for_names -= 1
         self._busy.difference_update(work.inodes)
-        for inode, data in work.inodes.items():
-            if data:
-                self._settle(inode)
+        self._settle(work.inodes)
         if work.everything:
             self._all_untold -= 1
         if self._stopping:
@@ -322,3 +325,15 @@ class Notifier:
             return error.errno or errno.EIO
         finally:
             del self._began_s[thread]
+
+
+def _count_up(counts: dict[int, int], key: int) -> None:
+    counts[key] = counts.get(key, 0) + 1
+
+
+def _count_down(counts: dict[int, int], key: int) -> None:
+    left = counts[key] - 1
+    if left:
+        counts[key] = left
+    else:
+        del counts[key]

@@ -13,7 +13,7 @@ part of a cluster while mounted: `look` notices, the timeouts fall, and all that
 Belongs here: how long, and what must be told. Not here: telling the kernel (`fuse/notifier.py`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from aspenfs.limits import ABSENT_NAMES_MAX
@@ -21,6 +21,7 @@ from aspenfs.vfs.tree import Tree
 
 OPEN, STRICT, STALE = "open", "strict", "stale"
 SHARED_TIMEOUT_S: Final = 1.0  # of names and attributes, with other hosts
+PAUSES_MAX: Final = 100  # that an open waits for the kernel to be told; then it drops what it can itself
 
 
 class Agreement(Protocol):
@@ -46,7 +47,10 @@ class Notices(Protocol):
         """All that the kernel holds may be out of date."""
 
     def is_untold(self, inode: int) -> bool:
-        """Whether the kernel may still hold content of `inode` that a noted change made stale."""
+        """Whether the kernel has yet to be told of a noted change to `inode`, or is being told."""
+
+    def holds_old_pages(self, inode: int) -> bool:
+        """Whether it may still have content of `inode` that a noted change made stale."""
 
     def drop_attributes(self, inode: int) -> None:
         """At once: the kernel asks for them again before it uses them."""
@@ -93,6 +97,9 @@ class _Silence:
     def is_untold(self, inode: int) -> bool:
         return False
 
+    def holds_old_pages(self, inode: int) -> bool:
+        return False
+
     def drop_attributes(self, inode: int) -> None:
         pass
 
@@ -101,9 +108,14 @@ class Coherence:
     """The rules of one mount. `alone` is as of the last `look`."""
 
     def __init__(
-        self, store: Agreement | None = None, mode: str = OPEN, notices: Notices | None = None
+        self,
+        store: Agreement | None = None,
+        mode: str = OPEN,
+        notices: Notices | None = None,
+        pause: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        self.store, self.mode = store or Alone(), mode
+        """`pause` returns after a moment: about as long as it takes to tell the kernel of something."""
+        self.store, self.mode, self._pause = store or Alone(), mode, pause
         self.notices: Notices = notices or _Silence()
         self.alone = self.store.alone
         # The kernel was told that it need not ask, and remembers: before it opens a directory, of which it
@@ -193,12 +205,23 @@ class Coherence:
         # A new listing; else the directory's times tell.
         self.touched(parent, self.opendir_unasked)
 
+    async def told(self, ino: int) -> None:
+        """Before the answer to an open: the kernel is told of the changes to the file first. When it is told
+        while it asks for attributes it throws the answer away, and goes on with the size that it knew."""
+        if self._pause is not None:
+            for _ in range(PAUSES_MAX):
+                if not self.notices.is_untold(ino):
+                    return
+                await self._pause()
+
     def opened(self, ino: int) -> bool:
         """A file is about to be opened: whether its pages in the kernel are those of this moment. Its
-        attributes there are, or are dropped now."""
-        if ino in self._lately[0] or ino in self._lately[1]:
-            self.notices.drop_attributes(ino)
-        return not self.notices.is_untold(ino)
+        attributes there are, or are dropped now: once, see `told`."""
+        for some in self._lately:
+            if ino in some:
+                some.discard(ino)
+                self.notices.drop_attributes(ino)
+        return not self.notices.holds_old_pages(ino)
 
     def forgotten(self, ino: int) -> None:
         for some in self._lately:

@@ -329,6 +329,7 @@ class FileSystem:
         tree, node = self.locate(ino)
         if tree.shared:
             await self.coherence.barrier()
+            await self.coherence.told(ino)
         target = await tree.open(node, flags, caller)
         return self._add_handle(tree, ino, target), target, self._keeps(ino, target)
 
