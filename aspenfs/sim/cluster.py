@@ -16,8 +16,9 @@ from aspenfs.cluster.types import Configuration, Entry, Role
 from aspenfs.kv.types import Event
 from aspenfs.limits import KIB
 from aspenfs.sim.invariants import Invariants
+from aspenfs.sim.machine import Machine
 from aspenfs.sim.network import Network, Quality
-from aspenfs.sim.node import Machine, Process
+from aspenfs.sim.process import Process
 from aspenfs.sim.revisions import Change
 from aspenfs.sim.scheduler import MS, Scheduler, Streams
 

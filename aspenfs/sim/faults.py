@@ -1,7 +1,8 @@
 """What goes wrong, how often and for how long: chosen by a seed, and each fault can be left out.
 
-Belongs here: the kinds of fault, when each happens, bringing back what went down, changes of the membership,
-and the end of all trouble (`heal`). Not here: how a fault works inside (`node.py`, `network.py`, `disk.py`).
+Belongs here: the kinds of fault, when each happens, bringing back what went down, changes of the
+membership, and the end of all trouble (`heal`). Not here: how a fault works inside (`machine.py`,
+`network.py`, `disk.py`).
 
 Swarm testing (Groce et al., 2012): each seed switches each kind on or off, so that some runs have much of a
 few. Fault n draws from a stream of its own, and when it happens does not depend on whether others do: so a
@@ -25,7 +26,8 @@ from aspenfs.sim import network
 from aspenfs.sim.clock import DRIFT_PPM_MAX
 from aspenfs.sim.cluster import Cluster
 from aspenfs.sim.invariants import majority
-from aspenfs.sim.node import CLUSTER_ID, Machine, Process
+from aspenfs.sim.machine import Machine
+from aspenfs.sim.process import CLUSTER_ID, Process
 from aspenfs.sim.scheduler import MS, SECOND, Streams, log_uniform
 
 KINDS: Final = (

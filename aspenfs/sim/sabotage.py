@@ -18,9 +18,9 @@ from aspenfs.cluster.types import Entry, EntryKind, HardState, Ready, Role
 from aspenfs.kv import once
 from aspenfs.kv.watch import Hub
 from aspenfs.runtime.consensus import META_CONFIGURATION, Consensus
-from aspenfs.sim import node
+from aspenfs.sim import machine
 from aspenfs.sim.faults import Swarm
-from aspenfs.sim.node import Process
+from aspenfs.sim.process import Process
 from aspenfs.sim.scheduler import MS
 from aspenfs.sim.simulation import Plan, Result, plan, run
 from aspenfs.sim.workload import Mix
@@ -310,7 +310,7 @@ _ALL: Final = (
              [(Replica, "_has_lease", _lease_too_long)], frozenset({"lease-conflict", "stale-read"}),
              kinds=("partition", "pause", "transfer")),
     Sabotage("clock-beyond-bound", "clocks run at half or more than their speed, and the lease is trusted",
-             [(node, "DRIFT_PPM_MAX", 500_000)], frozenset({"lease-conflict", "stale-read"}),
+             [(machine, "DRIFT_PPM_MAX", 500_000)], frozenset({"lease-conflict", "stale-read"}),
              kinds=("partition",), gap_ns=900 * MS, mix=_READERS),
     Sabotage("propose-again-at-once", "a retry under a new leader, though the first try may yet be applied",
              [(Replica, "receive", _propose_again_at_once)],

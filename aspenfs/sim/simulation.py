@@ -15,11 +15,12 @@ from aspenfs.cluster.raft import Raft
 from aspenfs.cluster.replica import Replica
 from aspenfs.kv import types
 from aspenfs.limits import ELECTION_TICKS, KIB, TICK_MS
+from aspenfs.sim import serving
 from aspenfs.sim.cluster import Cluster, Settings, Sink
 from aspenfs.sim.faults import KINDS, Faults, Swarm
 from aspenfs.sim.invariants import Violation
 from aspenfs.sim.network import Quality
-from aspenfs.sim.node import Process
+from aspenfs.sim.process import Process
 from aspenfs.sim.scheduler import MS, SECOND, Streams, log_uniform
 from aspenfs.sim.workload import Mix, Workload
 
@@ -184,12 +185,12 @@ class Simulation:
                 waiting.discard(mark)
 
         command, _ = process.engine.txn_command([], [types.put(b"probe/%d" % process.node, b"")])
-        process.do(process.submit, command, ended)
+        process.do(serving.submit, process, command, ended)
 
     def _probe_read(self, process: Process, waiting: set[str]) -> None:
         mark = f"read {process.node}"
         waiting.add(mark)
-        process.do(process.read, lambda engine: None, lambda seen, revision: waiting.discard(mark),
+        process.do(serving.read, process, lambda engine: None, lambda seen, revision: waiting.discard(mark),
                    lambda: self._probe_read(process, waiting))  # fmt: skip
 
     def _converged(self) -> bool:

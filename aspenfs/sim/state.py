@@ -8,10 +8,17 @@ state that came in as a snapshot takes the place of the old one in one durable s
 import random
 from collections.abc import Iterator, Mapping, Sequence
 
+from aspenfs.cluster.types import Configuration
 from aspenfs.kv import machine
 from aspenfs.kv.memory import MemoryState
 from aspenfs.kv.state import Effect
 from aspenfs.kv.types import Record
+from aspenfs.runtime.consensus import (
+    META_CONFIGURATION,
+    META_TERM,
+    decode_configuration,
+    encode_configuration,
+)
 
 
 class Image:
@@ -80,3 +87,21 @@ class SimState:
 
     def digest(self) -> bytes:
         return machine.state_hash(self)
+
+
+# --- its meta, as `runtime/consensus.py` writes it ---
+
+
+def meta_of(term: int, configuration: Configuration) -> dict[str, bytes]:
+    return {META_TERM: term.to_bytes(8, "big"), META_CONFIGURATION: encode_configuration(configuration)}
+
+
+def term_of(state: SimState) -> int:
+    """Of the entry at the applied index."""
+    return int.from_bytes(state.meta(META_TERM) or b"", "big")
+
+
+def configuration_of(state: SimState) -> Configuration:
+    packed = state.meta(META_CONFIGURATION)
+    assert packed is not None
+    return decode_configuration(packed)

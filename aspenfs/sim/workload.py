@@ -2,7 +2,7 @@
 
 Belongs here: calls on registers, lists, directory entries and leases, retries, watches that move from node
 to node; their histories and the checks of them at the end. Not here: the checks themselves
-(`linearizability.py`, `revisions.py`), how a node serves (`node.py`).
+(`linearizability.py`, `revisions.py`), how a node serves (`serving.py`).
 
 A client talks to one node, as a program talks to its mount, and goes to another when that one dies or fails
 it. A transaction with a sequence number is tried again until its outcome is known; any other is not, for a
@@ -18,12 +18,12 @@ from aspenfs.kv import commands, types
 from aspenfs.kv.commands import Command
 from aspenfs.kv.engine import Engine
 from aspenfs.kv.types import Compare, Operation, TxnResult
-from aspenfs.sim import linearizability
+from aspenfs.sim import linearizability, serving
 from aspenfs.sim.cluster import Cluster
 from aspenfs.sim.history import Call, History
 from aspenfs.sim.invariants import Violation
 from aspenfs.sim.models import AppendList, Entries, Model, Register
-from aspenfs.sim.node import Process
+from aspenfs.sim.process import Process
 from aspenfs.sim.revisions import Answer, Change, Watched, check_answers, check_resumed
 from aspenfs.sim.scheduler import MS, Streams
 from aspenfs.sim.threads import Task
@@ -298,7 +298,11 @@ class Client:
                 self._later()
 
         self._died(process, failed)
-        process.do(process.read, lambda engine: (look(engine), _value(engine, key)), answered, failed)
+
+        def both(engine: Engine) -> tuple[Any, bytes | None]:
+            return look(engine), _value(engine, key)
+
+        process.do(serving.read, process, both, answered, failed)
 
     def _change(self, of: int, name: str, arguments: tuple[Any, ...], write: object,
                 compares: Sequence[Compare], then: Sequence[Operation],
@@ -365,7 +369,7 @@ class Client:
         command, encoded = process.engine.txn_command(compares, then, (), dedup)
         self.cluster.write_of[encoded] = write
         self._died(process, unknown)
-        process.do(process.submit, command, again)
+        process.do(serving.submit, process, command, again)
 
     def _send_untold(self, command: Command) -> None:
         """A command of which no history tells; all that counts is that it does the same everywhere."""
@@ -379,7 +383,7 @@ class Client:
                 self._later()
 
         self._died(process, ended)
-        process.do(process.submit, command, ended)
+        process.do(serving.submit, process, command, ended)
 
     def _died(self, process: Process, tell: Callable[[], object]) -> None:
         """`tell`, a little later, when `process` ends: its client sees the connection break."""

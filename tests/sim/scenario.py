@@ -11,9 +11,9 @@ from aspenfs.kv.commands import Command
 from aspenfs.kv.engine import Engine
 from aspenfs.kv.types import Compare, Operation, TxnResult
 from aspenfs.limits import MIB
-from aspenfs.sim import network
+from aspenfs.sim import network, serving
 from aspenfs.sim.cluster import Cluster, Settings
-from aspenfs.sim.node import Process
+from aspenfs.sim.process import Process
 from aspenfs.sim.scheduler import MS, Streams
 
 WITHIN_MS = 20_000
@@ -109,7 +109,7 @@ class Scenario:
     def submit(self, node: int, command: Command) -> "Answer":
         answer = Answer(self)
         process = self[node]
-        process.do(process.submit, command, answer.came)
+        process.do(serving.submit, process, command, answer.came)
         return answer
 
     def txn(self, node: int, compares: list[Compare], then: list[Operation],
@@ -127,7 +127,11 @@ class Scenario:
         answer = Answer(self)
         process = self[node]
         process.do(
-            process.read, look, lambda seen, revision: answer.came(seen), lambda: answer.came(NO_QUORUM)
+            serving.read,
+            process,
+            look,
+            lambda seen, revision: answer.came(seen),
+            lambda: answer.came(NO_QUORUM),
         )
         return answer
 

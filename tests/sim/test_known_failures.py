@@ -20,9 +20,9 @@ from aspenfs.cluster.types import Role
 from aspenfs.kv import types
 from aspenfs.kv.types import Batch, TxnResult
 from aspenfs.limits import ELECTION_TICKS, TICK_MS, WATCH_BUFFER_BATCHES
-from aspenfs.sim import network
+from aspenfs.sim import network, serving
 from aspenfs.sim.faults import Swarm
-from aspenfs.sim.node import Process
+from aspenfs.sim.process import Process
 from aspenfs.sim.revisions import Change as LogChange
 from aspenfs.sim.revisions import Watched, check_resumed
 from aspenfs.sim.scheduler import MS
@@ -471,7 +471,7 @@ def test_ambiguous_timeout_retry_with_a_number_applies_once(three: Scenario) -> 
         [], [types.merge(b"k/list", types.append(b"x"))], (), (b"c" * 16, 1)
     )
     first = Answer(three)
-    three[leader].do(three[leader].submit, command, first.came)
+    three[leader].do(serving.submit, three[leader], command, first.came)
     three.until(
         lambda: value(three[node].engine, b"k/list") == b"x" or value(three[leader].engine, b"k/list") == b"x"
     )

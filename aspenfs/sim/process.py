@@ -1,8 +1,8 @@
-"""One simulated machine and the process on it: the real log, state machine, replica and Raft core.
+"""One life of a simulated node: the real replica, Raft core, state machine and log, and a loop around them.
 
-Belongs here: what outlives a process (`Machine`), one life of it (`Process`), how it starts from its disk
-and how it ends. What a process does is told to the cluster's `Invariants` as it becomes true. Not here: who
-sends what where (`network.py`), who kills whom (`faults.py`), what clients want (`workload.py`).
+Belongs here: starting from what the disk has, the loop, what the replica asks of its owner, applying, taking
+over snapshots. What a process does is told to the cluster's `Invariants` as it becomes true. Not here: what
+outlives it (`machine.py`), who sends what where (`network.py`), what clients are given (`serving.py`).
 
 Every call into a process goes through `Process.do`, which stands for the loop of the real host: a process
 that is stopped does it later, one that is dead never. An exception that the real host would end the process
@@ -15,137 +15,30 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from aspenfs.cluster.messages import CAMPAIGN_TRANSFER, Message, MessageType
 from aspenfs.cluster.raft import Raft
-from aspenfs.cluster.types import Configuration, Entry, EntryKind, HardState, Role, Snapshot
-from aspenfs.errors import AspenError, Corrupt, NoSpace, StorageError
-from aspenfs.kv import commands
-from aspenfs.kv.commands import Command
+from aspenfs.cluster.types import Configuration, Entry, HardState, Role, Snapshot
+from aspenfs.errors import AspenError, Corrupt, StorageError
 from aspenfs.kv.engine import Engine
 from aspenfs.kv.state import Effect
 from aspenfs.kv.types import Event
 from aspenfs.limits import TICK_MS
 from aspenfs.runtime import recovery
 from aspenfs.runtime.applier import Applier
-from aspenfs.runtime.consensus import (
-    META_CONFIGURATION,
-    META_TERM,
-    Consensus,
-    decode_configuration,
-    encode_configuration,
-)
+from aspenfs.runtime.consensus import META_TERM, Consensus
 from aspenfs.runtime.statedb import StateDb
 from aspenfs.runtime.syncer import Syncer
 from aspenfs.runtime.wal import Wal
-from aspenfs.runtime.wal_recovery import SPARE
-from aspenfs.sim.clock import DRIFT_PPM_MAX, SimClock
-from aspenfs.sim.disk import SimDisk, SimulatedCrash
+from aspenfs.sim.disk import SimulatedCrash
 from aspenfs.sim.invariants import Violation
-from aspenfs.sim.scheduler import MS, SECOND, Streams
+from aspenfs.sim.scheduler import MS
 from aspenfs.sim.scheduler import Event as Planned
-from aspenfs.sim.state import Image, SimState
-from aspenfs.sim.threads import Signal, SyncThread, Task
+from aspenfs.sim.state import Image, configuration_of, term_of
+from aspenfs.sim.threads import Signal, Task
 
 if TYPE_CHECKING:
-    from aspenfs.sim.cluster import Cluster
+    from aspenfs.sim.machine import Machine
 
 CLUSTER_ID: Final = bytes(range(16))
 _IDLE_TICK_NS: Final = 250 * MS  # of a node alone, as `runtime/consensus.py`
-
-Look = Callable[[Engine], Any]
-
-
-class Machine:
-    """What outlives a process: disk, state, clock, and how often a process began here."""
-
-    def __init__(self, cluster: "Cluster", node: int, streams: Streams, genesis: Configuration) -> None:
-        self.cluster, self.node = cluster, node
-        self.rng = streams.stream("machine")
-        self.clock = SimClock(cluster.scheduler, boot_ns=self.rng.randrange(1_000 * SECOND),
-                              wall_offset_ns=self.rng.randrange(-2 * SECOND, 2 * SECOND))  # fmt: skip
-        self.clock.set_drift(self.rng.randint(-DRIFT_PPM_MAX, DRIFT_PPM_MAX))
-        self.disk = SimDisk(self.rng.getrandbits(32))
-        self.disk.gate = self._gate
-        self.state = SimState()
-        self.state.apply([], 0, meta_of(0, genesis))
-        self.state.sync()
-        self.incarnation = 0
-        self.reset_at: int | None = None  # a snapshot has taken the state's place, the log must follow
-        self.thread = SyncThread()
-        self.process: Process | None = None
-        # Faults that wait for their moment:
-        self.crash_in: int | None = None  # effects until the process is torn out of one
-        self.power = True  # whether it takes the power with it
-        self.stall_until_ns = 0  # syncs end after it
-        self.flipped = False  # a bit of its disk is not what was written
-        self.gone = ""  # why it never comes back
-
-    def _gate(self, name: str) -> None:
-        if name != SPARE:  # the log prepares its next segment inside a lock: that takes no time here
-            self.thread.gate()
-
-    @property
-    def up(self) -> bool:
-        return self.process is not None
-
-    def start(self) -> None:
-        """A process begins, unless one is there or the machine is gone."""
-        if self.process is not None or self.gone:
-            return
-        self.disk.restart()
-        self.incarnation += 1
-        try:
-            process = Process(self)
-        except SimulatedCrash:
-            self._cannot_start(self.power, "it went down again")
-        except Corrupt as error:
-            if not self.flipped:
-                raise Violation("start", f"node {self.node} does not start: {error}") from error
-            self.lose(f"refuses a damaged disk: {error}")
-        except (StorageError, NoSpace) as error:
-            self._cannot_start(power=False, why=str(error))
-        else:
-            self.process = process
-            self.cluster.trace(f"node {self.node} starts, life {self.incarnation}, {process.described()}")
-            process.begin()
-
-    def _cannot_start(self, power: bool, why: str) -> None:
-        self.cluster.trace(f"node {self.node} cannot start: {why}")
-        self._went_down(power)
-        self.cluster.went_down(self)
-
-    def down(self, power: bool) -> None:
-        """The process ends in the middle of whatever it does; `power`: the machine with it."""
-        process, self.process = self.process, None
-        if process is not None:
-            self.cluster.trace(f"node {self.node} goes down, power={power}, {process.described()}")
-            process.alive = False
-        self._went_down(power)
-        if process is not None:
-            process.over()
-            self.cluster.went_down(self)
-
-    def _went_down(self, power: bool) -> None:
-        if power:
-            self.disk.crash()
-            self.state.lose_power(self.rng)
-            self.cluster.invariants.state_synced(self.node, self.state.durable_index)
-        else:
-            self.disk.kill()
-        while self.thread.busy:  # its disk call fails now
-            self.thread.go_on()
-        self.crash_in = None
-        self.disk.heal()
-
-    def lose(self, why: str) -> None:
-        """The machine and its disk never come back."""
-        if self.process is not None:
-            self.down(power=True)
-        self.gone = why
-        self.cluster.trace(f"node {self.node} is gone: {why}")
-
-    def close(self) -> None:
-        if self.process is not None:
-            self.down(power=False)
-        self.thread.close()
 
 
 class _Evaluated:
@@ -170,7 +63,7 @@ class _Evaluated:
 class Process(Consensus):
     """One life of a node: `runtime.consensus.Consensus` over simulated disk, network and time."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: "Machine") -> None:
         self.machine, self.cluster, self.node = machine, machine.cluster, machine.node
         self.invariants, self.scheduler = self.cluster.invariants, self.cluster.scheduler
         self.settings = self.cluster.settings
@@ -221,7 +114,7 @@ class Process(Consensus):
         if entries:
             self.invariants.decides(self.node, entries[-1].index)
         for entry in entries:
-            self._report(entry)
+            self.report(entry)
 
     def _make_raft(self, configuration: Configuration, tail: Sequence[Entry]) -> Raft:
         """As `NodeStore` does it."""
@@ -431,11 +324,11 @@ class Process(Consensus):
         self._effect()
         self.look()
         result = super().apply(entry, context)
-        self._report(entry)
+        self.report(entry)
         return result
 
-    def _report(self, entry: Entry, *, accepted: bool = False) -> None:
-        """What was just evaluated."""
+    def report(self, entry: Entry, *, accepted: bool = False) -> None:
+        """`entry` was just evaluated; `accepted`: ahead of its commit, by a node alone."""
         effects = self.evaluated.effects.pop(entry.index, ())
         events = self.evaluated.events.pop(entry.index, ())
         if self.invariants.applies(self.node, entry, effects, accepted=accepted):
@@ -445,7 +338,7 @@ class Process(Consensus):
         self._effect()
         self.look()
         super().apply_configuration(entry, configuration)
-        self._report(entry)
+        self.report(entry)
         if self.invariants.configurations.setdefault(entry.index, configuration) != configuration:
             raise Violation("state-machine-safety", f"node {self.node}: {configuration} at {entry.index}")
 
@@ -461,77 +354,12 @@ class Process(Consensus):
         for call in due:
             call()
 
-    # --- what the host does for clients ---
-
     def when_committed(self, index: int, call: Callable[[], object]) -> None:
         if index <= self.engine.committed_revision:
             call()
         else:
             self._when_committed.append((index, call))
 
-    def submit(self, command: Command, done: Callable[[object], object]) -> None:
-        """`done` gets the result once it is committed and applied here, or an AspenError."""
-        encoded = commands.encode(command)
-        if self.replica.alone:
-            self._accept_alone(command, encoded, done)
-        else:
-            self.replica.propose(encoded, (command, None), done, repeatable=command.dedup is not None)
-            self.replica.pump()
-
-    def _accept_alone(self, command: Command, encoded: bytes, done: Callable[[object], object]) -> None:
-        """As `NodeStore.txn` on a node that is alone: evaluated, logged, visible; then durable."""
-        index, outcome = self.engine.prepare(command)
-        if isinstance(outcome.result, AspenError):
-            done(outcome.result)
-            return
-        term, kind = self.raft.term, int(EntryKind.NORMAL)
-        entry = Entry(term, index, kind, encoded)
-        try:
-            self.wal.append(kind, term, index, encoded)
-        except NoSpace as error:
-            done(error)
-            return
-        self.invariants.wrote(self.node, [entry], None, self.raft.role)
-        self.note_term(index, term)
-        self.engine.accept(index, outcome)
-        self.replica.accept(kind, encoded)
-        self.evaluated.add(index, outcome.effects)
-        self._report(entry, accepted=True)
-        self.request()
-        self.when_committed(index, lambda: done(outcome.result))
-
-    def read(self, look: Look, done: Callable[[Any, int], object], failed: Callable[[], object]) -> None:
-        """`look` at a state that has all that was committed before the call; `done` gets what it saw and
-        the revision of it, `failed` nothing, when there is no quorum."""
-        at_call = self.invariants.acknowledged
-
-        def answer(how: str, seen: Any, revision: int) -> None:
-            self.invariants.may_read(self.node, revision, at_call, how)
-            self.when_committed(revision, lambda: done(seen, revision))
-
-        def indexed(result: object) -> None:
-            if isinstance(result, AspenError):
-                failed()
-            else:
-                answer("a read", look(self.engine), self.engine.revision)
-
-        def again(seen: Any, revision: int) -> None:
-            # The process may have stood still since: the lease must hold after the state was read.
-            if self.replica.read_now():
-                answer("a read under lease", seen, revision)
-            else:
-                ask()
-
-        def ask() -> None:
-            self.replica.read(indexed)
-            self.replica.pump()
-
-        if self.replica.read_now():
-            seen, revision = look(self.engine), self.engine.revision
-            delay = self.machine.rng.choice((0, 0, self.machine.rng.randrange(5 * MS)))
-            self.scheduler.after(delay, lambda: self.do(again, seen, revision), "read")
-        else:
-            ask()
 
     # --- the state behind the log ---
 
@@ -626,30 +454,13 @@ class Process(Consensus):
 
 
 class _Entropy:
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: "Machine") -> None:
         self._rng = machine.rng
 
     def random_bytes(self, size: int) -> bytes:
         return self._rng.randbytes(size)
 
 
-# --- what the disk says ---
-
-
 def hard_state_of(wal: Wal) -> HardState:
     found = wal.hard_state
     return HardState(found[0], int.from_bytes(found[1], "little")) if found else HardState(0, 0)
-
-
-def meta_of(term: int, configuration: Configuration) -> dict[str, bytes]:
-    return {META_TERM: term.to_bytes(8, "big"), META_CONFIGURATION: encode_configuration(configuration)}
-
-
-def term_of(state: SimState) -> int:
-    return int.from_bytes(state.meta(META_TERM) or b"", "big")
-
-
-def configuration_of(state: SimState) -> Configuration:
-    packed = state.meta(META_CONFIGURATION)
-    assert packed is not None
-    return decode_configuration(packed)
