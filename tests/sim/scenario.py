@@ -126,13 +126,11 @@ class Scenario:
         """A linearizable read of whatever `look` looks at."""
         answer = Answer(self)
         process = self[node]
-        process.do(
-            serving.read,
-            process,
-            look,
-            lambda seen, revision: answer.came(seen),
-            lambda: answer.came(NO_QUORUM),
-        )
+
+        def seen(what: Any, revision: int) -> None:
+            answer.came(what)
+
+        process.do(serving.read, process, look, seen, lambda: answer.came(NO_QUORUM))
         return answer
 
     def get(self, node: int, key: bytes) -> Any:
