@@ -74,7 +74,7 @@ BLOB_PIN_S = 120  # a chunk pushed or asked for is spared by collection so long,
 BLOB_PINS_MAX = 512 * KIB  # such chunks on one node, some 110 bytes each; more are refused for a while
 BLOB_PUSH_BYTES_MAX = 64 * MIB  # of chunks held in memory until a majority has them; others are read again
 BLOB_PUSH_REQUESTS_MAX = 4  # to one peer at once: the link works while the peer's disk does
-BLOB_PUSH_QUEUE_MAX = 4_096  # chunks that one peer lags behind; what a majority has is then left to its repair
+BLOB_PUSH_QUEUE_MAX = 4_096  # chunks that one peer lags behind; what a majority has is then left to repair
 BLOB_ASK_MAX = 1_024  # digests in one request; looking for them takes some 3 ms
 BLOB_FACTS_MAX = 4_096  # chunks of which this node remembers who has them
 BLOB_FETCH_AHEAD_BYTES = 16 * MIB  # of a file, fetched behind a chunk that a reader waits for
@@ -94,7 +94,7 @@ DIGEST_HURRY_PERCENT = 50  # when somebody waits, or when pinned pages have made
 DIGEST_HURRY_BYTES = 64 * MIB
 DIGEST_GROWTH_BYTES_MAX = 1 * GIB  # a walk on whose account it has grown by so much is given up
 DIGEST_AGE_MAX_S = 3_600  # and one that takes longer: some 700 M rows
-DIGEST_AGAIN_S = 30  # to the next comparison, when states differed or a member did not tell
+DIGEST_AGAIN_S = 10  # to the next comparison, when states differed or a member did not tell
 BACKUP_FRAME_BYTES_MAX = 3 * MIB  # one frame: a block of rows or a chunk; what a reader holds in memory
 BACKUP_DIGESTS_BYTES = 16 * MIB  # names of chunks in memory; the others are in a file meanwhile
 

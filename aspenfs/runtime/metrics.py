@@ -102,9 +102,9 @@ async def _request(stream: trio.SocketStream, peer: h11.Connection) -> h11.Reque
 
 async def _send(stream: trio.SocketStream, peer: h11.Connection, status: int, body: bytes, *,
                 head: bool = False, last: bool = False) -> None:  # fmt: skip
-    headers = [("content-type", CONTENT_TYPE), ("content-length", str(len(body)))]
+    headers = [(b"content-type", CONTENT_TYPE), (b"content-length", b"%d" % len(body))]
     if last:
-        headers.append(("connection", "close"))
+        headers.append((b"connection", b"close"))
     out = peer.send(h11.Response(status_code=status, headers=headers)) or b""
     if not head:
         out += peer.send(h11.Data(data=body)) or b""

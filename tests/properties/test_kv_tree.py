@@ -21,7 +21,8 @@ async def walk(at: Mounted, names: tuple[bytes, ...], node: int) -> dict[tuple[b
     found: dict[tuple[bytes, ...], bytes] = {}
     cookie, seen = 0, set()
     while batch := await at.after(node, cookie, 3):
-        for name, cookie in batch:
+        cookie = batch[-1][1]
+        for name, _ in batch:
             assert name not in seen
             seen.add(name)
             attr = await at.tree.lookup(node, name)
