@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from aspenfs.cli.member import for_readers
 from aspenfs.cli.output import utc
 from aspenfs.runtime import cluster_view
-from aspenfs.runtime.cluster_view import Problem, name_of
+from aspenfs.runtime.cluster_view import Problem
 from aspenfs.runtime.consensus import Consensus
 from aspenfs.runtime.control_cluster import Peering
 from aspenfs.runtime.divergence import Verdict
@@ -60,7 +60,8 @@ def describe_cluster(facts: ClusterFacts, now_ns: int) -> Told:
     rows = cluster_view.member_rows(members, facts.lags, peering.network, facts.node)
     problems = cluster_view.problems(rows, raft.configuration, raft.leader, facts.node)
     verdict, quarantine = facts.states()
-    problems = cluster_view.state_problems(verdict, quarantine, partial(name_of, members)) + problems
+    name = partial(cluster_view.name_of, members)
+    problems = cluster_view.state_problems(verdict, quarantine, facts.node, name) + problems
     network, keeper, blobs = peering.network, peering.keeper, facts.blobs()
     if keeper is not None and (problem := cluster_view.certificate_problem(keeper.expires_ns, now_ns)):
         problems.append(problem)

@@ -28,7 +28,7 @@ _NO_LEADER: Final = (
     "aspen status on each of them"
 )
 _LOST: Final = "start it again, or mend the network; if it is lost for good"
-_GETTING_WELL: Final = "it fetches another state by itself, within minutes; aspen status there tells more"
+_GETTING_WELL: Final = "that is done by itself; aspen status there tells how far it is"
 _NOT_WELL: Final = "if that does not come: are they connected, and what does daemon.log say?"
 _NOBODY_KNOWS: Final = (
     "nothing was touched. Find out which node is right (aspen check on each, your backups), aspen member "
@@ -128,10 +128,10 @@ def problems(rows: Sequence[Row], configuration: Configuration, leader: int, own
     return told
 
 
-def state_problems(verdict: Verdict | None, marker: Quarantine | None,
+def state_problems(verdict: Verdict | None, marker: Quarantine | None, own: int,
                    name: Callable[[int], str]) -> list[Problem]:  # fmt: skip
-    """What is known to be wrong with the states of members. `verdict` is the last one, `marker` of this node;
-    `name` tells what a node is called."""
+    """What is known to be wrong with the states of members. `verdict` is the last one, `marker` that of this
+    node, `own`; `name` tells what a node is called."""
     if marker is not None:
         cause = f"this node's state differs from the majority's (entry {marker.index}): it serves nothing"
         sources = ", ".join(map(name, marker.sources))
@@ -139,9 +139,11 @@ def state_problems(verdict: Verdict | None, marker: Quarantine | None,
     if verdict is None:
         return []
     if verdict.digest:
-        bad = ", ".join(map(name, (*verdict.differing, *verdict.quarantined)))
+        # This node itself has got well since: see above.
+        bad = ", ".join(name(node) for node in (*verdict.differing, *verdict.quarantined) if node != own)
         found = f"the state of {bad} was found to differ from the majority's (entry {verdict.index})"
-        return [Problem(f"{found}: it serves nothing", _GETTING_WELL)] if bad else []
+        cause = f"{found}: it serves nothing until it has fetched another"
+        return [Problem(cause, _GETTING_WELL)] if bad else []
     if not verdict.differing:
         return []
     told = [f"{name(node)} {digest.hex()[:8] or 'unreadable'}" for node, digest in verdict.told.items()]

@@ -14,6 +14,7 @@ from aspenfs.runtime import quarantine
 from aspenfs.runtime.checkpoints import UNREADABLE
 from aspenfs.runtime.divergence import Verdict, majority, pack, unpack
 from aspenfs.runtime.host import NodeStore
+from aspenfs.runtime.members import Members
 from tests.runtime.compared import ComparedCluster, compared_cluster
 from tests.runtime.host_driver import hash_of
 from tests.runtime.store_cluster import until
@@ -287,8 +288,6 @@ def test_its_vote_and_its_log_count_meanwhile(tmp_path: Path) -> None:
             record = store.get(b"k/log")
             assert record is not None
             assert record.value == b"0123456789"
-            assert store.consensus.term_at(store.revision) == last.consensus.term_at(store.revision)
-            assert store.consensus.meta_at(store.revision) == last.consensus.meta_at(store.revision)
 
     trio.run(main)
 
@@ -327,6 +326,35 @@ def test_what_it_had_proposed_is_answered_and_applied_at_most_once(tmp_path: Pat
             assert len(set(found)) == len(found)
             assert set(told) <= set(found) <= set(told) | set(unknown)
             assert set(range(10_000, 10_020)) <= set(told)
+
+    trio.run(main)
+
+
+def test_what_comes_while_the_state_is_on_its_way_is_applied_upon_it(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with compared_cluster(tmp_path) as cluster:
+            bad = follower(cluster)
+            store = cluster.stores[bad]
+            await spoiled(cluster, bad)
+            cluster.refused = lambda sender, to, kind: kind == "snapshot.read"
+            await cluster.compare(other_than(cluster, bad).node_id)
+            await until(lambda: any(parts.snapshots.pinned for parts in cluster.parts.values()))
+            opened = cluster.wire.count("snapshot.open")
+            leader = cluster.leader()
+            assert leader is not None
+            heir = next(node for node in (1, 2, 3) if node not in (bad, leader.node_id))
+            await Members(leader, leader.consensus).lead(heir)
+            for number in range(20):
+                await cluster.stores[heir].txn([], [merge(b"k/log", append(b"%d," % number))])
+            cluster.refused = lambda sender, to, kind: False
+            with trio.fail_after(20):
+                await store.well()
+                await store.barrier()
+            assert cluster.wire.count("snapshot.open") == opened
+            await cluster.settled()
+            assert len({hash_of(each) for each in cluster.stores.values()}) == 1
+            for index in (store.revision, store.revision + 1):
+                assert store.consensus.meta_at(index) == cluster.stores[heir].consensus.meta_at(index)
 
     trio.run(main)
 
