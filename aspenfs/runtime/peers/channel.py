@@ -7,8 +7,10 @@ Everything is queued by plain calls; one task writes. What was queued in one tur
 one piece: one record, one system call.
 """
 
+import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import trio
@@ -19,9 +21,25 @@ from aspenfs.runtime.peers import frames
 from aspenfs.runtime.peers.frames import Parts
 from aspenfs.runtime.peers.stream import Broken, TlsStream
 
+log = logging.getLogger(__name__)
+
 _JOIN_BYTES: Final = 64 * 1024  # smaller pieces are copied together, for fewer records
 _FAREWELL_S: Final = 1
 _MESSAGE_OVERHEAD: Final = 16
+
+
+@contextmanager
+def unreadable(peer: int) -> Iterator[None]:
+    """What bytes of a peer bring to light in our own reading of them ends that connection, and is logged."""
+    try:
+        yield
+    except (ProtocolError, Broken):
+        raise
+    except AspenError as error:
+        raise ProtocolError(str(error)) from None
+    except Exception as error:
+        log.exception("peers: node=%d a frame could not be read", peer)
+        raise ProtocolError("a frame that this node failed to read; its log has the cause") from error
 
 
 class Channel:

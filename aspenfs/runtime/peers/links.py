@@ -34,7 +34,7 @@ from aspenfs.limits import (
 from aspenfs.runtime.peers import addresses, ca, frames
 from aspenfs.runtime.peers.addresses import Address
 from aspenfs.runtime.peers.ca import NodeName
-from aspenfs.runtime.peers.channel import Channel
+from aspenfs.runtime.peers.channel import Channel, unreadable
 from aspenfs.runtime.peers.frames import Hello, LinkKind, Parts, Type, Welcome
 from aspenfs.runtime.peers.stream import Broken, TlsStream
 
@@ -164,7 +164,8 @@ class Outgoing(Channel):
     async def _read(self) -> None:
         while True:
             for frame in await self.stream.receive(PEER_FRAME_BYTES_MAX):
-                self._take_in(*frames.split(frame))
+                with unreadable(self.peer):
+                    self._take_in(*frames.split(frame))
 
     def _take_in(self, kind: int, payload: memoryview) -> None:
         if kind == Type.ANSWER:

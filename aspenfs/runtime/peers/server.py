@@ -34,7 +34,7 @@ from aspenfs.limits import (
 )
 from aspenfs.runtime.peers import addresses, ca, frames
 from aspenfs.runtime.peers.ca import NodeName
-from aspenfs.runtime.peers.channel import Channel
+from aspenfs.runtime.peers.channel import Channel, unreadable
 from aspenfs.runtime.peers.frames import Hello, Parts, Request, Type, Welcome
 from aspenfs.runtime.peers.links import UNSENT_BYTES
 from aspenfs.runtime.peers.stream import Broken, TlsStream
@@ -89,14 +89,18 @@ class Incoming(Channel):
     async def _read(self) -> None:
         while True:
             for frame in await self.stream.receive(PEER_FRAME_BYTES_MAX):
-                self._take_in(*frames.split(frame))
+                with unreadable(self.peer):
+                    messages = self._take_in(*frames.split(frame))
+                if messages:
+                    self._owner.deliver(self.peer, messages)
             # Who does not fetch its answers may not ask for more.
             await self.drained_to(PEER_REQUESTS_BYTES_MAX)
 
-    def _take_in(self, kind: int, payload: memoryview) -> None:
+    def _take_in(self, kind: int, payload: memoryview) -> Sequence[Message]:
+        """Does what a frame asks for; messages are returned, to be delivered."""
         if kind == Type.MESSAGES:
-            self._owner.deliver(self.peer, self._messages_in(payload))
-        elif kind == Type.REQUEST:
+            return self._owner.decode(self.peer, frames.decode_messages(payload))
+        if kind == Type.REQUEST:
             self._start(frames.decode_request(payload))
         elif kind == Type.PING:
             (sent,) = frames.decode_numbers(payload, 1)
@@ -107,19 +111,11 @@ class Incoming(Channel):
                 scope.cancel()
         else:
             raise ProtocolError(f"a frame of type {kind} is not for the end that accepted")
+        return ()
 
     def _looked(self) -> None:
         # Unasked: the other end's own ping may wait behind a long frame on a slow line.
         self.push(frames.encode(Type.PONG, (0,)))
-
-    def _messages_in(self, payload: memoryview) -> Sequence[Message]:
-        try:
-            return self._owner.decode(self.peer, frames.decode_messages(payload))
-        except AspenError:
-            raise
-        except Exception as error:
-            log.exception("peers: node=%d messages could not be decoded", self.peer)
-            raise ProtocolError("messages that could not be decoded") from error
 
     def _start(self, request: Request) -> None:
         if request.number in self._running:

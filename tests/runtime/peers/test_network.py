@@ -15,6 +15,7 @@ from aspenfs.limits import (
     PEER_REQUESTS_BYTES_MAX,
     PEER_REQUESTS_MAX,
 )
+from aspenfs.runtime.peers import frames
 from aspenfs.runtime.peers.frames import LinkKind
 from tests.runtime.peers.nodes import (
     Node,
@@ -122,6 +123,27 @@ async def test_what_the_core_raises_ends_the_network(tmp_path: Path) -> None:
         async with running(one, two):
             one.network.send(2, message(2, 1))
             await trio.sleep_forever()
+
+
+@in_trio
+async def test_a_bug_in_reading_a_frame_ends_its_connection_only(
+    tmp_path: Path, expected_errors: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = make_nodes(tmp_path, 2)
+    two.network.handle("echo", echo)
+    expected_errors += ["node=1 a frame could not be read", "node=2 a frame could not be read"]
+
+    def buggy(payload: object) -> Any:
+        monkeypatch.undo()
+        raise KeyError("a bug")
+
+    async with running(one, two):
+        for name in ("decode_request", "decode_answer"):
+            monkeypatch.setattr(frames, name, buggy)
+            with pytest.raises(errors.PeerUnreachable):
+                await one.network.request(2, "echo", 1, timeout_s=5)
+            await until(lambda: one.network.connected() == {2})
+            assert await one.network.request(2, "echo", 1, timeout_s=5) == 1
 
 
 # --- requests ---
