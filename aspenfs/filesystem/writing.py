@@ -17,6 +17,7 @@ from aspenfs.filesystem.layout import (
     BLOB_EXTENT,
     EXTENT_BLOB,
     EXTENT_INLINE,
+    I64,
     MTIME,
     SIZE,
     TIMES2,
@@ -39,7 +40,6 @@ from aspenfs.kv.types import (
     append,
     compare_mod_revision,
     delete_range,
-    max_,
     merge,
     patch,
     put,
@@ -90,6 +90,10 @@ class _Step(NamedTuple):
     sealed: bytes = b""
 
 
+# Where the pieces go, operations on extents, references, bytes added, where the last byte ends, blobs sealed.
+Planned = tuple[list[int], list[Operation], References, int, int, list[bytes]]
+
+
 class _Plan:
     """A transaction of some pieces of one file."""
 
@@ -115,9 +119,7 @@ class _Plan:
         """False if it must wait for the next transaction: it changes what this one has changed already, or
         there is no room."""
         deltas = len(self.references.deltas.keys() | references.deltas.keys())
-        if self.starts and (
-            step.changed & self.changed or len(self.operations) + len(step.operations) + deltas > OPS_ROOM
-        ):
+        if step.changed & self.changed or len(self.operations) + len(step.operations) + deltas > OPS_ROOM:
             return False
         self.starts.append(start)
         self.spans.append((start, start + piece.length))
@@ -129,6 +131,8 @@ class _Plan:
         self.size = max(self.size, start + piece.length)
         self.inline_bytes += len(piece.data) + step.put_back
         self.blobs += bool(piece.digest or step.sealed)
+        if step.sealed:
+            self.sealed.append(step.sealed)
         return True
 
 
@@ -170,60 +174,73 @@ class Writer:
             if record is None:
                 raise errors.Stale(f"inode {node} is gone")
             inode = unpack_inode(record.value)
-            plan = self._plan(node, inode, pieces)
+            plan = (
+                self._plan(node, inode, pieces) if len(pieces) > 1 else self._single(node, inode, pieces[0])
+            )
             if plan is None:
-                piece = pieces[0]
-                start = inode.size if piece.offset is None else piece.offset
-                for half in piece.halves(start):
-                    await self.write_some(node, (half,))
-                return [start]
+                return [await self._write_halves(node, inode, pieces[0])]
+            starts, operations, references, allocated, size, sealed = plan
             now = self.volume.now()
             edits: list[Edit] = [patch(MTIME, TIMES2(now, now))]
-            if plan.size > inode.size:
-                edits.append(max_(SIZE, plan.size))
-            if plan.allocated:
-                edits.append(add(ALLOCATED, plan.allocated))
-            operations = [*plan.operations, *plan.references.operations(), merge(key, *edits)]
+            if size > inode.size:
+                edits.append(patch(SIZE, I64(size)))
+            if allocated:
+                edits.append(add(ALLOCATED, allocated))
+            if references.deltas:
+                operations += references.operations()
+            operations.append(merge(key, *edits))
             try:
                 result = await self.volume.txn(
                     (compare_mod_revision(key, EQUAL, record.mod_revision),), operations
                 )
             finally:
-                for digest in plan.sealed:
+                for digest in sealed:
                     self._unpin(digest)
             if result.succeeded:
-                self.volume.unreference(plan.references.lost())
-                return plan.starts
+                if references.deltas:
+                    self.volume.unreference(references.lost())
+                return starts
         raise conflict(f"write to inode {node}")
+
+    async def _write_halves(self, node: int, inode: Inode, piece: Piece) -> int:
+        start = inode.size if piece.offset is None else piece.offset
+        for half in piece.halves(start):
+            await self.write_some(node, (half,))
+        return start
 
     # --- planning ---
 
-    def _plan(self, node: int, inode: Inode, pieces: Sequence[Piece]) -> _Plan | None:
-        """A transaction of the first pieces; None if the very first needs more than one."""
+    def _single(self, node: int, inode: Inode, piece: Piece) -> Planned | None:
+        """A transaction of one piece; None if it needs more than one."""
+        start = inode.size if piece.offset is None else piece.offset
+        size = start + piece.length
+        if size > FILE_BYTES_MAX:
+            raise errors.TooLarge(f"a file has at most {FILE_BYTES_MAX} bytes")
+        references = References()
+        step = self._step(node, inode, start, piece, references)
+        if step is None or len(step.operations) + len(references.deltas) > OPS_ROOM:
+            self._drop(step)
+            return None
+        sealed = [step.sealed] if step.sealed else []
+        return [start], step.operations, references, step.allocated, size, sealed
+
+    def _plan(self, node: int, inode: Inode, pieces: Sequence[Piece]) -> Planned | None:
+        """A transaction of the first of several pieces; None if the very first needs more than one."""
         plan = _Plan()
         end = inode.size
         for piece in pieces:
             start = end if piece.offset is None else piece.offset
-            if start + piece.length > FILE_BYTES_MAX:
-                if plan.starts:
-                    break
-                raise errors.TooLarge(f"a file has at most {FILE_BYTES_MAX} bytes")
-            if plan.starts and not plan.has_room(start, piece):
+            if start + piece.length > FILE_BYTES_MAX or (plan.starts and not plan.has_room(start, piece)):
                 break
             references = References()
             step = self._step(node, inode, start, piece, references)
-            if step is None or len(step.operations) + len(references.deltas) > OPS_ROOM:
-                self._drop(step)
-                if plan.starts:
-                    break
-                return None
-            if not plan.take(start, piece, step, references):
+            if step is None or not plan.take(start, piece, step, references):
                 self._drop(step)
                 break
-            if step.sealed:
-                plan.sealed.append(step.sealed)
             end = max(end, plan.size)
-        return plan
+        if not plan.starts:
+            return self._single(node, inode, pieces[0])
+        return plan.starts, plan.operations, plan.references, plan.allocated, plan.size, plan.sealed
 
     def _drop(self, step: _Step | None) -> None:
         if step is not None and step.sealed:
