@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 UNREADABLE: Final = b""  # in the place of a digest
 
+_REPLACED: Final = "another state took its place"
 _PAUSE_SECONDS_MAX: Final = 1.0
 _KEPT: Final = 4  # digests, the newest ones
 
@@ -99,9 +100,9 @@ class Checkpoints:
         """The state is another one: what was found out is out of date."""
         self._generation += 1
         self._digests.clear()
-        self._drop_next("another state took its place")
+        self._drop_next(_REPLACED)
         if self._walked is not None:
-            self._walked.give_up("another state took its place")
+            self._walked.give_up(_REPLACED)
 
     # --- pinning ---
 
@@ -147,7 +148,7 @@ class Checkpoints:
             self._walked = None
             pin.end()
         if found is None or generation != self._generation:
-            self._miss(pin.index, pin.why)
+            self._miss(pin.index, pin.why if found is None else _REPLACED)
             return
         self._digests[pin.index] = found
         while len(self._digests) > _KEPT:

@@ -112,6 +112,22 @@ def test_of_several_the_last_one_is_looked_at(tmp_path: Path) -> None:
     on(tmp_path, test, percent=SLOW)
 
 
+def test_a_walk_that_ends_while_its_state_is_replaced_counts_for_nothing(tmp_path: Path) -> None:
+    async def test(looked: Looked) -> None:
+        looked.write(50)
+        index = looked.checkpoint()
+        looked.applier.request(index)
+        await until(lambda: looked.checkpoints._walked is not None)
+        pin = looked.checkpoints._walked
+        assert pin is not None
+        pin.give_up = lambda why: None  # type: ignore[method-assign]  # too late: it has just ended
+        looked.checkpoints.forget()
+        pin.hurry()
+        assert await looked.found(index) == "another state took its place"
+
+    on(tmp_path, test, percent=SLOW)
+
+
 def test_a_walk_that_would_cost_the_last_of_the_disk_is_given_up(tmp_path: Path) -> None:
     async def test(looked: Looked) -> None:
         looked.write(300)

@@ -326,6 +326,7 @@ def test_what_it_had_proposed_is_answered_and_applied_at_most_once(tmp_path: Pat
             assert len(set(found)) == len(found)
             assert set(told) <= set(found) <= set(told) | set(unknown)
             assert set(range(10_000, 10_020)) <= set(told)
+            await until(lambda: not store.consensus.replica.proposed_bytes)
 
     trio.run(main)
 
