@@ -33,6 +33,7 @@ class Row(NamedTuple):
     addresses: tuple[str, ...]
     state: str = "member"
     born: bytes = b""
+    topology: int = 0
 
 
 def make_authority(name: str = "demo") -> Authority:
