@@ -59,19 +59,24 @@ class Beside:
 
     def __init__(self, files: FilesTree, filesystem: FileSystem, notifier: Notifier) -> None:
         self.files, self.filesystem, self.notifier = files, filesystem, notifier
+        self._scope = trio.CancelScope()
 
     async def start(self) -> None:
         """Before anything is served: other hosts know from now on that this one may hold files."""
         with trio.move_on_after(START_S) as waiting:
             try:
                 await self.files.orphans.round()
-                return
-            except errors.ClusterError as error:
+            except (errors.ClusterError, errors.NoSpace) as error:
                 log.warning("served without a session yet: %s", error)
         if waiting.cancelled_caught:
             log.warning("served without a session yet: no answer within %g s", START_S)
 
     async def run(self) -> None:
+        """Until `end`."""
+        with self._scope:
+            await self._run()
+
+    async def _run(self) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._again, LOOK_S, self._look)
             nursery.start_soon(self._again, TICK_S, self._tick)
@@ -103,6 +108,7 @@ class Beside:
 
     async def end(self) -> None:
         """After the mount: what was written is committed, and nothing is held here any more."""
+        self._scope.cancel()  # or a round would make the session anew
         orphans = self.files.orphans
         orphans.unmounted()
         for work in (self.files.writes.all_settled, orphans.session.close):

@@ -104,6 +104,7 @@ class Node:
         self._join_in(incarnation)
         self.volume = Volume(self.store, self.replicator, clock)
         self.volume.breathe = trio.lowlevel.checkpoint
+        self.volume.is_member = self._is_member
         resources = Resources(
             store=self.store,
             volume=self.volume,
@@ -200,6 +201,10 @@ class Node:
         return BlobFacts(told.missing, told.unavailable)
 
     # --- coherence ---
+
+    def _is_member(self, node_id: int) -> bool:
+        now = self.store.consensus.replica.raft.configuration
+        return any(node_id in some for some in (now.voters, now.outgoing, now.learners, now.learners_next))
 
     def observe(self, revision: int, events: Sequence[Event], origin: object) -> None:
         """A change that did not come through this mount makes the kernel's caches stale."""

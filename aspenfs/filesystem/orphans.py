@@ -157,16 +157,15 @@ class Orphans:
             self._letting_go.clear()
         in_use = [node for node in self.kept if self.is_open(node)]
         self.held.update(await self.session.refresh(in_use))
-        if self.store.alone:
-            if self._letting_go:
-                await self._hold([], None)
-            return
-        if len(self._marks) == GRACE_ROUNDS:
-            await self._settle(self._marks[0])
-        self._marks.append(self.store.revision)
+        if not self.store.alone:
+            if len(self._marks) == GRACE_ROUNDS:
+                await self._settle(self._marks[0])
+            self._marks.append(self.store.revision)
+        elif self._letting_go:
+            await self._hold([], None)
         self._rounds += 1
         if self._rounds % CARE_ROUNDS == 0:
-            self._take_care()
+            await self._take_care()
 
     def _changed(self) -> None:
         """This node is alone no more, or again: then what others left may be ours to end."""
@@ -213,13 +212,15 @@ class Orphans:
         self._letting_go.difference_update(gone)
         return True
 
-    def _take_care(self) -> None:
-        """The oldest host ends what those leave behind who removed names and died."""
+    async def _take_care(self) -> None:
+        """The host with the oldest session ends what those leave behind who removed names and died."""
+        cared_for, self._cared_for = self._cared_for, self.store.revision
+        await self.session.mend_others()
+        if self.store.alone:
+            return  # all of them are its own already
         if all(other.created > self.session.created for other in self.session.others()):
-            self.doomed.update(
-                dict.fromkeys(node for node, row in self._rows() if row.create_revision <= self._cared_for)
-            )
-        self._cared_for = self.store.revision
+            left = [node for node, row in self._rows() if row.create_revision <= cared_for]
+            self.doomed.update(dict.fromkeys(left))
 
     # --- ending them ---
 

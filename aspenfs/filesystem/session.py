@@ -18,8 +18,10 @@ from aspenfs.kv.types import (
     Compare,
     Event,
     Operation,
+    Record,
     absent,
     compare_create_revision,
+    compare_mod_revision,
     compare_value,
     prefix_end,
     put,
@@ -132,10 +134,29 @@ class Session:
             await self.store.lease_revoke(lease)
 
     def others(self) -> list[Mounted]:
-        """The sessions of all other hosts."""
-        found = self.store.range(SESSION_PREFIX, prefix_end(SESSION_PREFIX))
+        """The sessions of all other members. A node is a member before it can make one."""
         return [
             Mounted(key, row.create_revision, int.from_bytes(row.value[:8], "little", signed=True))
-            for key, row in found
-            if key != self.key
+            for key, row in self._rows()
+            if self.volume.is_member(_host(key))
         ]
+
+    def _rows(self) -> list[tuple[bytes, Record]]:
+        found = self.store.range(SESSION_PREFIX, prefix_end(SESSION_PREFIX))
+        return [(key, row) for key, row in found if key != self.key]
+
+    async def mend_others(self) -> None:
+        """Ends sessions of hosts that are no members any more. A host that died just after it had been alone
+        left its row on a lease of years: that row gets one that ends soon, unless the host says otherwise."""
+        ttls_ms = {lease: ttl_ms for lease, ttl_ms, _ in self.store.leases()}
+        for key, row in self._rows():
+            if not self.volume.is_member(_host(key)):
+                await self._revoke(row.lease)
+            elif ttls_ms.get(row.lease, 0) > SESSION_TTL_MS:
+                lease = await self.store.lease_grant(SESSION_TTL_MS)
+                same = compare_mod_revision(key, EQUAL, row.mod_revision)
+                await self.volume.txn([same], [put(key, row.value, lease)])
+
+
+def _host(key: bytes) -> int:
+    return int.from_bytes(key[len(SESSION_PREFIX) :], "big")

@@ -85,6 +85,8 @@ class Volume:
         self.replicas: Replicas = NoReplicas()
         self.now, self.monotonic_ns = clock.time_ns, clock.monotonic_ns
         self.tasks: Tasks | None = None
+        # Whether a node belongs to the cluster, as of what is applied here.
+        self.is_member: Callable[[int], bool] = _anybody
         self._next_id = self._last_id = 0
         # Digests put but not yet named by an accepted transaction: not garbage.
         self.pinned: dict[bytes, int] = {}
@@ -171,6 +173,10 @@ async def _no_pause() -> None:
 
 def _nothing(_: bytes) -> bool:
     return False
+
+
+def _anybody(_: int) -> bool:
+    return True
 
 
 def conflict(what: str) -> errors.Conflict:

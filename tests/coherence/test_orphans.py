@@ -8,7 +8,8 @@ import trio
 
 from aspenfs import errors
 from aspenfs.filesystem import layout
-from aspenfs.limits import SESSION_TTL_MS
+from aspenfs.kv.types import put
+from aspenfs.limits import LEASE_TTL_MS_MAX, SESSION_TTL_MS
 from aspenfs.vfs.tree import OpenFile
 from tests.coherence.hosts import Host, Hosts, run, together, until
 from tests.filesystem.volumes import CALLER
@@ -306,6 +307,46 @@ def test_a_node_that_is_alone_again_ends_what_the_others_left() -> None:
         assert inodes(hosts) == 1
         assert left_over(hosts) == []
         del file
+
+    run(main)
+
+
+def test_the_session_of_a_removed_node_holds_up_nothing() -> None:
+    """Also one on a lease of years, as a backup brings it of the node that made it."""
+
+    async def test(hosts: Hosts, a: Host, b: Host, c: Host) -> None:
+        await opened_elsewhere(hosts, a, b)
+        b.kill()
+        lease = await a.store.lease_grant(LEASE_TTL_MS_MAX)
+        for node_id in (2, 9):
+            await a.volume.txn([], [put(layout.session_key(node_id), layout.I64(0), lease)])
+        for host in (a, c):
+            host.volume.is_member = {1, 3}.__contains__
+        await a.mounted.unlink(b"f")
+        await trio.sleep(5)
+        assert inodes(hosts) == 1
+        await trio.sleep(15)
+        assert len(list(hosts.rows(layout.SESSION_PREFIX))) == 2
+
+    with_hosts(test)
+
+
+def test_a_node_that_died_when_it_had_just_stopped_being_alone_holds_up_little() -> None:
+    async def main(hosts: Hosts) -> None:
+        hosts.alone = True
+        a = await hosts.host(1)
+        await a.mounted.create(b"f")
+        hosts.alone = False
+        b, c = await hosts.host(2), await hosts.host(3)
+        a.kill()
+        lease = await b.store.lease_grant(LEASE_TTL_MS_MAX)
+        row = b.store.get(layout.session_key(1))
+        assert row is not None
+        await b.volume.txn([], [put(layout.session_key(1), row.value, lease)])
+        await c.mounted.unlink(b"f")
+        await trio.sleep(SESSION_TTL_MS / 1000 + 35)
+        assert inodes(hosts) == 1
+        assert len(list(hosts.rows(layout.SESSION_PREFIX))) == 2
 
     run(main)
 
