@@ -24,6 +24,7 @@ from aspenfs.limits import (
     PROPOSAL_TIMEOUT_MS,
     PROPOSALS_BYTES_MAX,
     RAFT_APPEND_BYTES_MAX,
+    RAFT_APPEND_ENTRIES_MAX,
     RAFT_LOG_BYTES_MAX,
     TICK_MS,
 )
@@ -482,7 +483,7 @@ class Replica:
         unsent, sent = self._unsent, self._sent
         own = HEADER.pack(raft.node_id, 0)[:8]
         taken: list[tuple[int, _Proposal]] = []
-        while unsent and size < self._batch_bytes:
+        while unsent and size < self._batch_bytes and len(batch) < RAFT_APPEND_ENTRIES_MAX:
             proposal = unsent.popleft()
             self._count += 1
             number = self._incarnation | self._count
@@ -545,7 +546,7 @@ class Replica:
             payload = own + number.to_bytes(8, "little") + proposal.command
             batch.append((number, payload))
             size += len(payload)
-            if size >= self._batch_bytes:
+            if size >= self._batch_bytes or len(batch) == RAFT_APPEND_ENTRIES_MAX:
                 self._forward(raft.leader, term, batch)
                 batch, size = [], 0
         if batch:
@@ -598,7 +599,7 @@ class Replica:
         if self._written > self._synced and self._queue_bytes < _QUEUE_BYTES_ENOUGH:
             return
         count, size = 0, 0
-        while count < len(self._queue) and size < self._batch_bytes:
+        while count < min(len(self._queue), RAFT_APPEND_ENTRIES_MAX) and size < self._batch_bytes:
             size += len(self._queue[count][1])
             count += 1
         try:
