@@ -49,7 +49,7 @@ Report = dict[str, Figures]
 
 class Row:
     def __init__(self, port: int) -> None:
-        self.addresses, self.state, self.born = (f"127.0.0.1:{port}",), "member", b""
+        self.addresses, self.state, self.born, self.topology = (f"127.0.0.1:{port}",), "member", b"", 0
 
 
 def make(directory: Path, authority: ca.Authority, node: int) -> None:

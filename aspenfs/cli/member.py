@@ -14,7 +14,7 @@ from aspenfs.cli.kv import json_option
 from aspenfs.cli.output import EXIT_CODES_HELP, failures, flush, print_json, span, utc
 from aspenfs.cli.table import print_table
 
-_HEAD = ("NAME", "ID", "ROLE", "STATE", "LAG", "ADDRESS")
+_HEAD = ("NAME", "ID", "ROLE", "STATE", "LAG", "TOPOLOGY", "ADDRESS")
 
 
 class MemberName(click.ParamType[str]):
@@ -58,9 +58,10 @@ def member() -> None:
 ROLE   leader, voter, learner; none: its row is there, the cluster does not count on it (yet)
 STATE  here: the node that answers; connected and unreachable as that node sees it
 LAG    entries of the log that it lacks of what the leader has
+TOPOLOGY  its version of where it is found: the start of it, counted, since which it is found at ADDRESS
 
 \b
-With --json: [{{"name", "id", "role", "state", "lag", "addresses", "since", "cause"}}].
+With --json: [{{"name", "id", "role", "state", "lag", "addresses", "topology", "since", "cause"}}].
 
 {EXIT_CODES_HELP}""")
 @click.option("--removed", is_flag=True, help="Those too that were removed.")
@@ -83,12 +84,14 @@ def for_readers(row: Mapping[str, Any]) -> dict[str, Any]:
     since_ns = row["since_ns"]
     told = {name: row[name] for name in ("name", "id", "role", "state", "lag")}
     since = utc(since_ns) if since_ns else None
-    return {**told, "addresses": list(row["addresses"]), "since": since, "cause": row["cause"]}
+    return {**told, "addresses": list(row["addresses"]), "topology": row["topology"], "since": since,
+            "cause": row["cause"]}  # fmt: skip
 
 
 def print_members(rows: Sequence[Mapping[str, Any]], *, indent: str = "") -> None:
     table = [(str(row["name"]), str(row["id"]), str(row["role"]), _state(row),
-              "-" if row["lag"] is None else f"{row['lag']:,}", " ".join(row["addresses"]) or "-")
+              "-" if row["lag"] is None else f"{row['lag']:,}", str(row["topology"]),
+              " ".join(row["addresses"]) or "-")
              for row in rows]  # fmt: skip
     print_table(_HEAD, table, indent=indent)
 

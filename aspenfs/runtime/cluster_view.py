@@ -64,9 +64,13 @@ def member_rows(members: Members, lags: Lags, network: PeerNetwork | None, own: 
         member = table.get(node)
         row: dict[str, Any] = {
             "id": node, "name": name_of(members, node), "role": members.role(node), "state": "unreachable",
-            "lag": lags.of(node), "addresses": list(member.addresses if member is not None else ()),
+            "lag": lags.of(node), "topology": member.topology if member is not None else 0,
+            "addresses": list(member.addresses if member is not None else ()),
             "since_ns": None, "cause": "",
         }  # fmt: skip
+        if network is not None and node != own:
+            row["topology"], addresses = network.found_at(node)
+            row["addresses"] = list(addresses)
         if node == own:
             row["state"] = "removed" if _was_removed(member, row["role"], network, nodes) else "here"
         elif member is not None and member.state == "removed":

@@ -46,6 +46,7 @@ class Member(NamedTuple):
     state: State
     born: bytes  # the birth mark of its log: see identity.py
     promote: bool  # becomes a voter when it has caught up
+    topology: int = 0  # the start of it, counted, since which it is found at these addresses
 
 
 class Requests(Protocol):
@@ -64,7 +65,8 @@ def pack(member: Member) -> bytes:
 
 
 def unpack(value: bytes) -> Member:
-    fields = msgpack.unpackb(value)
+    """What later releases may have added is passed over."""
+    fields = {name: field for name, field in msgpack.unpackb(value).items() if name in Member._fields}
     return Member(**{**fields, "addresses": tuple(fields["addresses"])})
 
 
@@ -155,15 +157,17 @@ class Members:
         if member is not None and member.state != "removed" and self.role(node) == "none":
             await self._change(ChangeKind.ADD_LEARNER, node)
 
-    async def introduce(self, name: str, addresses: Sequence[str], born: bytes) -> None:
-        """This node's own row: what it is called and where it is found, as of this start."""
+    async def introduce(self, name: str, addresses: Sequence[str], born: bytes, incarnation: int) -> None:
+        """This node's own row: what it is called and where it is found, as of its start `incarnation`."""
         node = self._consensus.replica.raft.node_id
         while True:
             record = self._store.get(key_of(node))
             if record is None:
-                member = Member(node, name, tuple(addresses), "member", born, False)
+                member = Member(node, name, tuple(addresses), "member", born, False, incarnation)
             else:
-                member = unpack(record.value)._replace(name=name, addresses=tuple(addresses))
+                member = unpack(record.value)
+                topology = member.topology if member.addresses == tuple(addresses) else incarnation
+                member = member._replace(name=name, addresses=tuple(addresses), topology=topology)
                 if member.state == "removed" or pack(member) == record.value:
                     return
             revision = 0 if record is None else record.mod_revision

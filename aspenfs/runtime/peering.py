@@ -117,7 +117,8 @@ class Peering:
         )
         consensus = self._store.consensus
         network = PeerNetwork(made, self._incarnation, self._clock, self._entropy,
-                              deliver=consensus.receive, unreachable=consensus.unreachable)  # fmt: skip
+                              deliver=consensus.receive, unreachable=consensus.unreachable,
+                              advertise=settings.advertise)  # fmt: skip
         keeper = Keeper(network, self._store, self._members, self._clock)
         Reception(network, keeper, self._store, self._members, self._clock, self._entropy)
         network.set_members(self._table())
@@ -136,7 +137,7 @@ class Peering:
             self._nursery.start_soon(self._introduce_patiently, settings, made)
 
     async def _introduce(self, settings: PeerSettings, made: Credentials) -> None:
-        await self._members.introduce(settings.name, settings.advertise, made.name.born)
+        await self._members.introduce(settings.name, settings.advertise, made.name.born, self._incarnation)
 
     async def _introduce_patiently(self, settings: PeerSettings, made: Credentials) -> None:
         """The others get to know this node's addresses as they are now, as soon as they agree on anything."""

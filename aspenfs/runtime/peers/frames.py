@@ -15,6 +15,8 @@ import msgpack
 
 from aspenfs import errors
 from aspenfs.limits import (
+    PEER_ADDRESS_BYTES_MAX,
+    PEER_ADDRESSES_MAX,
     PEER_FRAME_BYTES_MAX,
     PEER_GREETING_BYTES_MAX,
     PEER_ITEMS_MAX,
@@ -60,6 +62,7 @@ class Hello(NamedTuple):
     node_id: int
     incarnation: int
     process: int  # drawn at each start: tells two processes of one incarnation apart
+    addresses: tuple[str, ...] = ()  # HOST:PORT where it is found in this life; of late only
 
 
 class Welcome(NamedTuple):
@@ -199,14 +202,19 @@ def unpack_greeting(payload: memoryview | bytes) -> Any:
 
 def decode_hello(payload: memoryview) -> Hello:
     """NotSupported if no version is shared."""
-    link, cluster_id, node_id, incarnation, process = _after_magic(payload, 5)
+    (link, cluster_id, node_id, incarnation, process), more = _after_magic(payload, 5)
     if link not in (LinkKind.MESSAGES, LinkKind.BULK) or type(link) is not int:
         raise errors.ProtocolError(f"a link of kind {link!r}")
     if type(cluster_id) is not bytes or len(cluster_id) != CLUSTER_ID_BYTES:
         raise errors.ProtocolError("not a cluster id")
     _check_numbers((node_id, process))
     _check_incarnation(incarnation)
-    return Hello(LinkKind(link), cluster_id, node_id, incarnation, process)
+    addresses = more[0] if more else ()
+    if type(addresses) is not tuple or len(addresses) > PEER_ADDRESSES_MAX:
+        raise errors.ProtocolError(f"addresses must be a list of at most {PEER_ADDRESSES_MAX}")
+    if not all(type(each) is str and len(each) <= PEER_ADDRESS_BYTES_MAX for each in addresses):
+        raise errors.ProtocolError(f"an address is text of at most {PEER_ADDRESS_BYTES_MAX} characters")
+    return Hello(LinkKind(link), cluster_id, node_id, incarnation, process, addresses)
 
 
 def _check_version(versions: Any) -> None:
@@ -231,18 +239,19 @@ def decode_question(payload: bytes) -> None:
     _after_magic(payload, 0)
 
 
-def _after_magic(payload: bytes | memoryview, count: int) -> tuple[Any, ...]:
-    """The `count` values behind magic and versions, which are checked. NotSupported."""
+def _after_magic(payload: bytes | memoryview, count: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The `count` values behind magic and versions, which are checked, and what is behind these.
+    NotSupported."""
     value = unpack_greeting(payload)
     if type(value) is not tuple or len(value) < 2 + count or value[0] != MAGIC:
         raise errors.ProtocolError("the first frame must be a greeting")
     _check_version(value[1])
-    return value[2:2 + count]
+    return value[2:2 + count], value[2 + count:]
 
 
 def decode_join(payload: bytes) -> Join:
     """Of the right types; what they say is for the caller to check."""
-    match _after_magic(payload, len(Join._fields)):
+    match _after_magic(payload, len(Join._fields))[0]:
         case (bytes(), bytes(), bytes(), bytes(), str(), tuple() as addresses, bool()) as fields:
             if all(type(address) is str for address in addresses):
                 return Join(*fields)

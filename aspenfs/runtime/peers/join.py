@@ -52,6 +52,11 @@ class Contact(NamedTuple):
     born: bytes
     state: str = "member"
 
+    @property
+    def topology(self) -> int:
+        """Whatever the member says itself is newer."""
+        return 0
+
 
 class Joined(NamedTuple):
     identity: Identity

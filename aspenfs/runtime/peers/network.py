@@ -54,6 +54,10 @@ class Member(Protocol):
         """"removed": refused for ever."""
 
     @property
+    def topology(self) -> int:
+        """The start of it since which it is found there: of two addresses the later one is right."""
+
+    @property
     def born(self) -> bytes:
         """The birth mark that its certificate must have; b"": any."""
 
@@ -66,6 +70,13 @@ class PeerError(NamedTuple):
     attempts: int
 
 
+class _Told(NamedTuple):
+    """What a peer says of itself in its greeting."""
+
+    incarnation: int
+    addresses: tuple[Address, ...]
+
+
 class PeerNetwork:
     """Links to all members. `deliver` gets the Raft messages of one frame, `unreachable` the id of a peer
     to which messages got lost; both are called from the loop, outside of any call of this class.
@@ -74,7 +85,9 @@ class PeerNetwork:
     """
 
     def __init__(self, credentials: Credentials, incarnation: int, clock: Clock, entropy: Entropy, *,
-                 deliver: Deliver, unreachable: Callable[[int], object]) -> None:  # fmt: skip
+                 deliver: Deliver, unreachable: Callable[[int], object],
+                 advertise: Sequence[str] = ()) -> None:  # fmt: skip
+        """`advertise`: where this node is found in this life, HOST:PORT; those it greets are told."""
         self.node_id = credentials.name.node_id
         self.deliver = deliver
         self.handlers: dict[str, Handler] = {}
@@ -85,6 +98,8 @@ class PeerNetwork:
         self._unreachable = unreachable
         self._members: Mapping[int, Member] = {}
         self._addresses: dict[int, tuple[Address, ...]] = {}
+        self._advertise = tuple(advertise)
+        self._told: dict[int, _Told] = {}  # where peers say they are found
         self._lives: dict[int, tuple[int, int]] = {}  # the latest incarnation seen, and its process
         self._links: dict[tuple[int, LinkKind], Link] = {}
         self._incoming: dict[Incoming, None] = {}  # oldest first
@@ -138,7 +153,9 @@ class PeerNetwork:
     def set_members(self, members: Mapping[int, Member]) -> None:
         """The table, as of now: links come and go, addresses change, the removed are thrown out."""
         self._members = members = dict(members)
-        known = {peer: _parsed(member) for peer, member in members.items()}
+        for peer in [peer for peer in self._told if peer not in members]:
+            del self._told[peer]
+        known = {peer: self._places(peer, member) for peer, member in members.items()}
         moved = {peer for peer, found in known.items() if self._addresses.get(peer) != found}
         self._addresses = known
         wanted = {peer for peer, member in members.items()
@@ -180,6 +197,39 @@ class PeerNetwork:
         self.credentials = credentials
         self._server_context = credentials.server_context()
         self._client_context = credentials.client_context()
+
+    # --- where peers are found ---
+
+    def _places(self, peer: int, member: Member) -> tuple[Address, ...]:
+        """What the table says, or, before it, what the peer itself has said since."""
+        listed, told = _parsed(member.addresses), self._told.get(peer)
+        if told is None or told.incarnation < member.topology:
+            return listed
+        return tuple(dict.fromkeys((*told.addresses, *listed)))
+
+    def _take_in_addresses(self, hello: Hello) -> None:
+        """A node that was away while others moved may know none of their addresses; they know its own. Who
+        greets it is found again, long before the table has caught up."""
+        addresses, peer = _parsed(hello.addresses), hello.node_id
+        if not addresses:
+            return
+        self._told[peer] = _Told(hello.incarnation, addresses)
+        places = self._places(peer, self._members[peer])
+        if places != self._addresses.get(peer):
+            log.info("peers: node=%d says that it is found at %s", peer, " ".join(map(str, addresses)))
+            self._addresses[peer] = places
+            for kind in LinkKind:
+                if link := self._links.get((peer, kind)):
+                    link.hurry()
+
+    def found_at(self, peer: int) -> tuple[int, tuple[str, ...]]:
+        """Since which start of it a member is found where; as it has said itself, or as the table says."""
+        member, told = self._members.get(peer), self._told.get(peer)
+        if member is None:
+            return 0, ()
+        if told is None or told.incarnation < member.topology or told.addresses == _parsed(member.addresses):
+            return member.topology, member.addresses
+        return told.incarnation, tuple(map(str, told.addresses))
 
     # --- what it tells about itself ---
 
@@ -238,7 +288,7 @@ class PeerNetwork:
 
     def hello(self, kind: LinkKind) -> Hello:
         name = self.credentials.name
-        return Hello(kind, name.cluster_id, name.node_id, self._incarnation, self._process)
+        return Hello(kind, name.cluster_id, name.node_id, self._incarnation, self._process, self._advertise)
 
     def client_context(self) -> ssl.SSLContext:
         return self._client_context
@@ -299,6 +349,7 @@ class PeerNetwork:
             raise PeerRefused("the greeting and the certificate name different nodes")
         self._check_member(name.node_id, name.born)
         self.note_life(name.node_id, hello.incarnation, hello.process)
+        self._take_in_addresses(hello)
 
     def _check_name(self, name: NodeName | None) -> None:
         if name is None:
@@ -355,9 +406,9 @@ class PeerNetwork:
         return await self.strangers(kind, payload, host)
 
 
-def _parsed(member: Member) -> tuple[Address, ...]:
+def _parsed(texts: Sequence[str]) -> tuple[Address, ...]:
     found = []
-    for text in member.addresses:
+    for text in texts:
         try:
             found.append(addresses.parse(text))
         except InvalidArgument as error:  # written by another release

@@ -46,6 +46,7 @@ class Row(NamedTuple):
     addresses: tuple[str, ...]
     state: str
     born: bytes
+    topology: int = 0
 
 
 def _key(node: int) -> bytes:

@@ -54,7 +54,7 @@ def make_credentials(directory: Path, authority: Authority, node_id: int, *, clu
 class Node:
     """One PeerNetwork and what it delivered."""
 
-    def __init__(self, shown: Credentials, *, incarnation: int = 1) -> None:
+    def __init__(self, shown: Credentials, *, incarnation: int = 1, advertise: Sequence[str] = ()) -> None:
         self.id = shown.name.node_id
         self.credentials = shown
         self.received: list[tuple[int, Message]] = []
@@ -62,7 +62,7 @@ class Node:
         self.lost: list[int] = []
         self.arrived = trio.Event()
         self.network = PeerNetwork(shown, incarnation, CLOCK, ENTROPY, deliver=self._deliver,
-                                   unreachable=self.lost.append)  # fmt: skip
+                                   unreachable=self.lost.append, advertise=advertise)  # fmt: skip
 
     def _deliver(self, peer: int, messages: Sequence[Message]) -> None:
         self.received += [(peer, message) for message in messages]
