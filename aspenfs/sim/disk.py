@@ -216,6 +216,11 @@ class SimDisk:
             assert 0 <= offset < len(inode.data), (path, offset, len(inode.data))
             inode.flip(offset, bit)
 
+    @property
+    def used_bytes(self) -> int:
+        """Of the capacity; also while the machine is down."""
+        return self._used
+
     # --- the port ---
 
     def open(self, path: str, *, create: bool = False) -> SimFile:

@@ -283,8 +283,7 @@ class Faults:
         if process is None:
             return ""
         disk = process.machine.disk
-        used = disk.capacity_bytes - disk.free_bytes()
-        disk.capacity_bytes = used + rng.randrange(self.cluster.settings.segment_bytes)
+        disk.capacity_bytes = disk.used_bytes + rng.randrange(self.cluster.settings.segment_bytes)
 
         def room() -> None:
             disk.capacity_bytes = 1 << 40

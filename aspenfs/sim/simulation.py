@@ -17,6 +17,7 @@ from aspenfs.kv import types
 from aspenfs.limits import ELECTION_TICKS, KIB, TICK_MS
 from aspenfs.sim import serving
 from aspenfs.sim.cluster import Cluster, Settings, Sink
+from aspenfs.sim.disk import SimulatedCrash
 from aspenfs.sim.faults import KINDS, Faults, Swarm
 from aspenfs.sim.invariants import Violation
 from aspenfs.sim.network import Quality
@@ -104,7 +105,7 @@ def run(plan: Plan, sink: Sink | None = None, watch: Callable[[Cluster], object]
     except AssertionError:
         # The core's own: it found out itself, and its node would have stopped.
         result.check, result.message = "assertion", traceback.format_exc(limit=-8)
-    except Exception:
+    except (Exception, SimulatedCrash):
         result.check, result.message = "exception", traceback.format_exc(limit=-12)
     finally:
         simulation.report(result)
