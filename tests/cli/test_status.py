@@ -50,6 +50,7 @@ def test_a_daemon_without_problems_is_healthy(directory: Path) -> None:
                     "role": "leader",
                     "state": "here",
                     "lag": 0,
+                    "topology": 3,
                     "addresses": ["192.0.2.7:7420"],
                     "since": None,
                     "cause": "",
@@ -65,8 +66,8 @@ def test_a_daemon_without_problems_is_healthy(directory: Path) -> None:
             ["name", "demo"],
             ["blob", "bytes", "5", "MiB"],
             [],
-            ["NAME", "ID", "ROLE", "STATE", "LAG", "ADDRESS"],
-            ["db1", "1", "leader", "here", "0", "192.0.2.7:7420"],
+            ["NAME", "ID", "ROLE", "STATE", "LAG", "TOPOLOGY", "ADDRESS"],
+            ["db1", "1", "leader", "here", "0", "3", "192.0.2.7:7420"],
         ]
         body = json.loads(status(directory, "--json", code=HEALTHY).output)
     assert body["running"] is True
