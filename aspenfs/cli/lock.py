@@ -6,6 +6,7 @@ so there is no stale lock to clean up. `daemon.pid` only informs; nothing is dec
 
 import fcntl
 import os
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -69,6 +70,16 @@ def holder_pid(directory: StateDirectory) -> int | None:
         return int(directory.pid.read_text(encoding="ascii"))
     except (FileNotFoundError, ValueError):
         return None
+
+
+def is_dying(pid: int) -> bool:
+    """Whether that process was killed, but one of its threads has not ended: it waits in the kernel, and
+    the files of the process, locks and connections among them, stay open until it has."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+        return state == b"Z" and len(os.listdir(f"/proc/{pid}/task")) > 1
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def _write_pid(directory: StateDirectory) -> None:

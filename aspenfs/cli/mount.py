@@ -12,13 +12,14 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from aspenfs import errors
 from aspenfs.cli import ready
-from aspenfs.cli.lock import StateLock
+from aspenfs.cli.lock import StateLock, holder_pid, is_dying
 from aspenfs.cli.options import MountOptions, parse_mount
 from aspenfs.cli.paths import StateDirectory
 from aspenfs.fuse import mounts
@@ -29,6 +30,8 @@ FILE_SYSTEM_TYPE = "fuse.aspen"
 FUSE_DEVICE = "/dev/fuse"
 FUSE_CONFIGURATION = "/etc/fuse.conf"
 LOG_BYTES_MAX = 16 << 20  # a longer log moves to daemon.log.1 at the next start
+DYING_S = 1.0  # in which a killed daemon ends by itself, if its disk is not slow
+ABORTED_S = 5.0  # and after which it does without its connection
 LOG_TAIL_LINES = 10
 LOG_TAIL_BYTES = 4096
 
@@ -218,6 +221,40 @@ def _prepare_mountpoint(path: str) -> str:
     return resolved
 
 
+def free_dying(path: str, directory: StateDirectory) -> None:
+    """Lets a killed daemon of this node end, if it can not do so by itself.
+
+    A thread of it may have been telling the kernel of a change in a directory, and wait for the lock of that
+    directory; its holder waits for the answer to a request that nobody will give any more, for the
+    connection ends with the daemon's last thread only. Aborting the connection frees both.
+    """
+    pid = holder_pid(directory)
+    if pid is None or _ends(pid, DYING_S):
+        return
+    mounted = mounts.find_mount(path)
+    if mounted is None or mounts.probe(path) is not mounts.State.HUNG:
+        return
+    try:
+        mounts.abort(mounted.minor)
+    except OSError as error:
+        raise Refused(
+            ExitCode.MOUNT_FAILED,
+            f"{path}: the killed daemon with pid {pid} can not end: {error.strerror}; "
+            f"as root: echo 1 > /sys/fs/fuse/connections/{mounted.minor}/abort",
+        ) from None
+    _ends(pid, ABORTED_S)
+
+
+def _ends(pid: int, seconds: float) -> bool:
+    """Whether the process is not dying, or has died within that time."""
+    end = time.monotonic() + seconds
+    while is_dying(pid):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
 def _clear(path: str) -> None:
     """Removes what killed daemons have left at `path`; refuses if a daemon lives there, well or not."""
     try:
@@ -246,6 +283,7 @@ def _clear(path: str) -> None:
 def _check_places(options: MountOptions) -> MountOptions:
     """Rights, and a mountpoint that does not hide the state; the options with it as resolved."""
     _check_rights(options)
+    free_dying(options.mountpoint, StateDirectory(Path(options.state_dir)))
     options = options.at(_prepare_mountpoint(options.mountpoint))
     if Path(os.path.realpath(options.state_dir)).is_relative_to(options.mountpoint):
         raise Refused(

@@ -21,11 +21,14 @@ from typing import Any, Final
 
 from aspenfs import errors
 from aspenfs.cli.client import Client
+from aspenfs.cli.lock import is_dying
+from aspenfs.fuse import mounts
 from tests.mount.mounting import BIN, Mount, alive, wait_for
 from tests.mount.networks import Network, usable_network
 
 NAME: Final = "demo"
 COMMAND_S: Final = 60.0  # for the programs of ours: two cores may start many at once
+DYING_S: Final = 2.0  # for the threads of a killed daemon to end
 ANSWER_S: Final = 5.0  # of a daemon that is well, on its control socket
 
 
@@ -42,6 +45,7 @@ class Node(Mount):
         self.paused = False
         self.left: list[subprocess.Popen[bytes]] = []  # commands that did not end in time
         self.extra: dict[str, str] = {}  # environment of the daemon
+        self.releases: list[Callable[[], object]] = []  # called when it has ended for good
 
     def __repr__(self) -> str:
         return f"node {self.number}"
@@ -102,7 +106,7 @@ class Node(Mount):
 
     @property
     def lives(self) -> bool:
-        return bool(self.pid) and alive(self.pid) and not self.paused
+        return bool(self.pid) and alive(self.pid) and not is_dying(self.pid) and not self.paused
 
     @property
     def addresses(self) -> list[str]:
@@ -142,9 +146,12 @@ class Node(Mount):
         self.extend()
 
     def kill(self) -> None:
-        """SIGKILL, also of one that is stopped; the mount stays behind, dead."""
-        super().kill()
+        """SIGKILL, also of one that is stopped; the mount stays behind, dead, or waiting for `start` to free
+        it. A thread that waits for a slow disk has time to end."""
         self.paused = False
+        if self.pid and alive(self.pid):
+            os.kill(self.pid, signal.SIGKILL)
+            wait_for(lambda: not alive(self.pid), DYING_S)
 
     def pause(self) -> None:
         """SIGSTOP: who calls into the mount waits."""
@@ -158,6 +165,13 @@ class Node(Mount):
 
     def close(self) -> None:
         self.kill()  # umount would wait for a majority, which may have gone before
+        if self.pid and alive(self.pid):
+            number = self.connection()
+            if number is not None:
+                mounts.abort(number)
+            assert wait_for(lambda: not alive(self.pid), COMMAND_S), f"{self} does not end"
+        for release in self.releases:
+            release()
         super().close()
         for process in self.left:
             process.communicate(timeout=COMMAND_S)
