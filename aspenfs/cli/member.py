@@ -80,17 +80,17 @@ def list_(settings: Settings, removed: bool, as_json: bool) -> None:
 
 
 def for_readers(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of `cluster_view.member_rows` as it is shown everywhere."""
+    """A row of `cluster_view.member_rows` as it is shown everywhere; it may be of a daemon of an older release."""
     since_ns = row["since_ns"]
     told = {name: row[name] for name in ("name", "id", "role", "state", "lag")}
     since = utc(since_ns) if since_ns else None
-    return {**told, "addresses": list(row["addresses"]), "topology": row["topology"], "since": since,
+    return {**told, "addresses": list(row["addresses"]), "topology": row.get("topology"), "since": since,
             "cause": row["cause"]}  # fmt: skip
 
 
 def print_members(rows: Sequence[Mapping[str, Any]], *, indent: str = "") -> None:
     table = [(str(row["name"]), str(row["id"]), str(row["role"]), _state(row),
-              "-" if row["lag"] is None else f"{row['lag']:,}", str(row["topology"]),
+              "-" if row["lag"] is None else f"{row['lag']:,}", str(row.get("topology") or "-"),
               " ".join(row["addresses"]) or "-")
              for row in rows]  # fmt: skip
     print_table(_HEAD, table, indent=indent)
