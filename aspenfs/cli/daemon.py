@@ -131,6 +131,7 @@ class Node:
         )
         self.beside = Beside(files, filesystem, notifier)
         self.store.replaced.append(self.filesystem.replaced)
+        self.store.suspended.append(self.volume.forget_ids)
         self.store.suspended.append(lambda: coherence.everything(filesystem.known))
         self.stop = trio.Event()
 

@@ -80,7 +80,7 @@ def list_(settings: Settings, removed: bool, as_json: bool) -> None:
 
 
 def for_readers(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of `cluster_view.member_rows` as it is shown everywhere; it may be of a daemon of an older release."""
+    """A row of `cluster_view.member_rows` as it is shown; it may be of a daemon of an older release."""
     since_ns = row["since_ns"]
     told = {name: row[name] for name in ("name", "id", "role", "state", "lag")}
     since = utc(since_ns) if since_ns else None

@@ -134,6 +134,10 @@ class Volume:
         self._next_id += 1
         return self._next_id
 
+    def forget_ids(self) -> None:
+        """Ids that were reserved are given up: the state that said so was a bad one."""
+        self._next_id = self._last_id = 0
+
     def inode(self, node: int) -> layout.Inode:
         """NotFound if there is no such inode (any more)."""
         record = self.store.get(layout.INODE_PREFIX + node.to_bytes(8, "big"))
