@@ -93,11 +93,13 @@ class Load:
 class Chaos:
     """One run. A context manager: nothing is left behind."""
 
-    def __init__(self, seed: int, *, nodes: int = 3, hurry: float = 1.0,
+    def __init__(self, seed: int, *, nodes: int = 3, hurry: float = 1.0, usable_s: float = USABLE_S,
                  say: Callable[[str], object] = lambda _: None) -> None:  # fmt: skip
+        """`hurry`: how much shorter than usual faults last."""
         self.seed, self.rng, self.say = seed, random.Random(seed), say
         self.cluster = Cluster(nodes, network=usable_network(nodes), options="consistency=strict",
                                deadline_s=_FINISH_S)  # fmt: skip
+        self.usable_within_s = usable_s
         self.loads: list[Load] = []
         self.faults: list[Fault] = []
         self.usable_s: list[float] = []
@@ -162,7 +164,7 @@ class Chaos:
         healing = time.monotonic()
         try:
             self.nemesis.heal()
-            self.cluster.wait_usable(USABLE_S - (time.monotonic() - healing))
+            self.cluster.wait_usable(self.usable_within_s - (time.monotonic() - healing))
         except (Ended, AssertionError) as error:
             raise Broken(f"not usable after {fault}: {error}\n{self.cluster.describe()}") from error
         self.usable_s.append(round(time.monotonic() - healing, 2))

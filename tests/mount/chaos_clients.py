@@ -294,6 +294,7 @@ class Watcher:
         self.upto = 0
         self.batches: list[tuple[int, list[tuple[bytes, bytes | None]]]] = []
         self.failure = ""
+        self.begun = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
@@ -302,6 +303,7 @@ class Watcher:
             for revision, events in client.watch(PREFIX, prefix_end(PREFIX)):
                 if not events:
                     self.from_revision = revision + 1
+                    self.begun.set()
                     continue
                 changes = [(event.key, event.record.value if event.record else None) for event in events]
                 self.batches.append((revision, changes))

@@ -28,6 +28,7 @@ class Load:
 
     def serve(self) -> None:
         self.watcher.thread.start()
+        self.watcher.begun.wait(WATCH_S)  # what was written before it could not be held against anything
         for client in self.clients:
             client.thread.start()
         print("done", flush=True)
