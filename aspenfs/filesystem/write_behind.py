@@ -21,7 +21,12 @@ from aspenfs import errors
 from aspenfs.filesystem.volume import Tasks, Volume
 from aspenfs.filesystem.writing import BLOBS_MAX, Piece, Writer
 from aspenfs.kv.watch import Signal
-from aspenfs.limits import CHUNK_BYTES_MAX, WRITE_BEHIND_BYTES_MAX, WRITE_BEHIND_FILE_BYTES_MAX
+from aspenfs.limits import (
+    CHUNK_BYTES_MAX,
+    FILE_BYTES_MAX,
+    WRITE_BEHIND_BYTES_MAX,
+    WRITE_BEHIND_FILE_BYTES_MAX,
+)
 
 PAGE_BYTES: Final = 4096  # the kernel's
 
@@ -94,7 +99,9 @@ class WriteBehind:
 
     async def write(self, node: int, offset: int | None, believed: int, data: bytes) -> None:
         """Takes a write in, at `offset` or at the end (None). With `returns_early` its error is found in
-        `failures`, else it is raised here when the write is committed."""
+        `failures`, else it is raised here when the write is committed. TooLarge at once."""
+        if believed + len(data) > FILE_BYTES_MAX:
+            raise errors.TooLarge(f"a file has at most {FILE_BYTES_MAX} bytes")
         tasks = self.volume.tasks
         if tasks is None:
             if await self.writer.write(node, offset, data) != believed:

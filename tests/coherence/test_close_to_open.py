@@ -19,7 +19,7 @@ from aspenfs.vfs.filesystem import FileSystem
 from tests.coherence.hosts import Host, Hosts, run
 from tests.coherence.kernel import Kernel
 
-SEEDS = range(20)
+SEEDS = range(8)
 ROUNDS = 30
 
 

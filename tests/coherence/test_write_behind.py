@@ -8,7 +8,7 @@ import trio
 
 from aspenfs import errors
 from aspenfs.filesystem import layout
-from aspenfs.limits import MIB, WRITE_BEHIND_FILE_BYTES_MAX
+from aspenfs.limits import FILE_BYTES_MAX, MIB, WRITE_BEHIND_FILE_BYTES_MAX
 from aspenfs.vfs.tree import SetAttr
 from tests.coherence.hosts import Host, Hosts, run, together
 from tests.filesystem.volumes import CALLER
@@ -195,6 +195,18 @@ def test_without_a_word_at_close_a_write_itself_waits_and_tells_its_error() -> N
         await file.release()
 
     with_two(test, early=False)
+
+
+def test_a_write_beyond_the_largest_file_is_refused_at_once() -> None:
+    async def test(hosts: Hosts, a: Host, b: Host) -> None:
+        await a.mounted.create(b"f")
+        file = await a.mounted.open(b"f")
+        with pytest.raises(errors.TooLarge):
+            await file.write(FILE_BYTES_MAX - 1, b"xx")
+        await file.flush()
+        await file.release()
+
+    with_two(test)
 
 
 def test_an_append_that_another_host_overtook_is_displaced() -> None:

@@ -8,6 +8,7 @@ from typing import Final
 
 import pytest
 
+from tests.mount.clusters import Cluster
 from tests.mount.mounting import Mount
 from tests.mount.places import Place, ext4_directory
 
@@ -23,8 +24,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def shared_mount() -> Iterator[Mount]:
-    """One mount for all tests that do not end it."""
+    """One mount for all tests that do not end it; with ASPEN_TEST_NODES=3 that of a follower of three."""
     assert os.path.exists("/dev/fuse"), "no /dev/fuse: load the fuse module, or run `tools/test --fast`"
+    nodes = int(os.environ.get("ASPEN_TEST_NODES", "1"))
+    if nodes > 1:
+        with Cluster(nodes) as cluster:
+            cluster.start().rest()
+            yield cluster[nodes]
+        return
     mount = Mount()
     try:
         yield mount.start()
