@@ -37,7 +37,7 @@ def test_the_others_say_who_differs_until_the_next_comparison_and_that_node_no_m
     assert "n2, n4" in cause
     (cause,) = told(verdict, own=2)
     assert "n2" not in cause
-    assert _state_figures(verdict) == {"members_diverged": 2, "states_disagree": 0, "states_compared_entry": 7}
+    assert [*_state_figures(verdict).values()] == [2, 0, 7]
 
 
 def test_without_a_majority_all_are_named_with_what_they_have() -> None:
@@ -45,4 +45,4 @@ def test_without_a_majority_all_are_named_with_what_they_have() -> None:
     (problem,) = state_problems(verdict, None, HERE, name)
     assert f"n1 {A.hex()[:8]}, n2 unreadable" in problem.cause
     assert "nothing was touched" in problem.advice
-    assert _state_figures(verdict) == {"members_diverged": 0, "states_disagree": 1, "states_compared_entry": 7}
+    assert [*_state_figures(verdict).values()] == [0, 1, 7]
