@@ -1,0 +1,78 @@
+"""What is said of a cluster's health: who is lost, whether writes go on, what to do."""
+
+from typing import Any
+
+import pytest
+
+from aspenfs.cluster.types import Configuration
+from aspenfs.runtime.cluster_view import certificate_problem, problems, quorum
+
+DAY_NS = 86_400 * 1_000_000_000
+
+
+def row(node: int, state: str) -> dict[str, Any]:
+    return {"id": node, "name": f"n{node}", "role": "voter", "state": state, "lag": 0, "addresses": []}
+
+
+@pytest.mark.parametrize(
+    ("configuration", "reached", "lost", "held"),
+    [
+        (Configuration((1,)), {1}, (), True),
+        (Configuration((1, 2)), {1}, (2,), False),
+        (Configuration((1, 2, 3)), {1, 2}, (3,), True),
+        (Configuration((1, 2, 3)), {1}, (2, 3), False),
+        (Configuration((1, 2, 3, 4)), {1, 2}, (3, 4), False),
+        (Configuration((1, 2, 3), learners=(4,)), {1, 4}, (2, 3), False),
+        (Configuration((1, 2, 3), outgoing=(1, 4, 5)), {1, 2, 3}, (4, 5), False),  # each half needs its own
+        (Configuration((1, 2, 3), outgoing=(1, 4, 5)), {1, 2, 4}, (3, 5), True),
+    ],
+)
+def test_a_quorum_is_a_majority_of_each_half(
+    configuration: Configuration, reached: set[int], lost: tuple[int, ...], held: bool
+) -> None:
+    assert quorum(configuration, reached)[1:] == (lost, held)
+
+
+def test_a_node_alone_and_a_whole_cluster_have_no_problems() -> None:
+    assert problems([row(1, "here")], Configuration((1,)), 1, 1) == []
+    rows = [row(1, "here"), row(2, "connected"), row(3, "connected")]
+    assert problems(rows, Configuration((1, 2, 3)), 2, 1) == []
+
+
+def test_a_voter_that_is_lost_is_named_and_writes_go_on() -> None:
+    rows = [row(1, "here"), row(2, "connected"), row(3, "unreachable")]
+    (problem,) = problems(rows, Configuration((1, 2, 3)), 1, 1)
+    assert problem.cause == "1 of 3 voters unreachable: n3; writes go on"
+    assert "aspen member remove n3" in problem.advice
+
+
+def test_without_a_majority_that_is_the_only_problem_worth_telling() -> None:
+    rows = [row(1, "here"), row(2, "unreachable"), row(3, "unreachable")]
+    (problem,) = problems(rows, Configuration((1, 2, 3)), 0, 1)
+    assert problem.cause == "no quorum: 2 of 3 voters unreachable: n2, n3"
+    assert "consistency=stale" in problem.advice
+
+
+def test_a_cluster_without_a_leader_says_so_though_all_are_there() -> None:
+    rows = [row(1, "here"), row(2, "connected"), row(3, "connected")]
+    assert [problem.cause for problem in problems(rows, Configuration((1, 2, 3)), 0, 1)] == ["no leader"]
+
+
+def test_a_node_that_was_removed_is_told_so_and_nothing_else() -> None:
+    rows = [row(1, "removed"), row(2, "unreachable"), row(3, "unreachable")]
+    (problem,) = problems(rows, Configuration((2, 3)), 0, 1)
+    assert problem.cause == "this node was removed from the cluster"
+
+
+def test_learners_that_are_lost_trouble_nobody() -> None:
+    rows = [row(1, "here"), row(2, "unreachable")]
+    assert problems(rows, Configuration((1,), learners=(2,)), 1, 1) == []
+
+
+@pytest.mark.parametrize(
+    ("left_ns", "told"),
+    [(31 * DAY_NS, None), (3 * DAY_NS, "expires in 3 days"), (1, "expires in 1 days"), (-1, "has expired")],
+)
+def test_a_certificate_that_was_not_renewed_is_told_of(left_ns: int, told: str | None) -> None:
+    problem = certificate_problem(10**18 + left_ns, 10**18)
+    assert (problem.cause if problem else None) == (told and f"the certificate of this node {told}")
