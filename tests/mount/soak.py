@@ -135,7 +135,8 @@ def main() -> None:
                 for k in range(options.processes)
             ]
             with ThreadPoolExecutor(len(jobs)) as pool:
-                counts = list(pool.map(lambda job: load(*job, min(left, 60.0)), jobs))
+                running = [pool.submit(load, node, number, min(left, 60.0)) for node, number in jobs]
+                counts = [future.result() for future in running]
             print(f"{time.monotonic() - begun:.0f} s: {counts[0].strip()}", flush=True)
             time.sleep(1.5)
             looks = {node.number: seen(node) for node in cluster}
