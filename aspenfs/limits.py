@@ -131,6 +131,9 @@ CA_CERTIFICATE_S = 20 * 365 * 86_400
 CERTIFICATE_SKEW_S = 3_600  # a certificate begins so long before it was made: clocks differ
 CA_CHECK_S = 10  # between two looks at certificates; a change in the store is seen at once
 
+# --- what is shown of the cluster ---
+EVENTS_MAX = 200  # in cluster/events, some 100 bytes each; the log has all
+
 # --- control socket ---
 CONTROL_FRAME_BYTES_MAX = 4 * MIB  # one message: a transaction or one page of a listing
 CONTROL_ITEMS_MAX = 4_096  # of one array or map in a message; what a decoder may allocate at once

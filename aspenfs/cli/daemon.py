@@ -21,7 +21,8 @@ from aspenfs import errors
 from aspenfs.blobs.store import BlobStore
 from aspenfs.cli.beside import Beside, Tasks, pause
 from aspenfs.cli.checking import OnlineCheck
-from aspenfs.cli.cluster_status import BlobFacts, ClusterFacts, StateFacts
+from aspenfs.cli.cluster_status import BlobFacts, ClusterFacts, StateFacts, describe_cluster
+from aspenfs.cli.events import Events
 from aspenfs.cli.flood import FloodFilter
 from aspenfs.cli.lock import StateLock
 from aspenfs.cli.options import MountOptions
@@ -134,6 +135,7 @@ class Node:
         self.store.suspended.append(self.volume.forget_ids)
         self.store.suspended.append(lambda: coherence.everything(filesystem.known))
         self.stop = trio.Event()
+        self.events = Events(self._cluster_view, clock.time_ns)
 
     def _join_in(self, incarnation: int) -> None:
         """The parts that deal with other nodes, whether there are any or not."""
@@ -190,12 +192,26 @@ class Node:
 
     def status(self) -> Mapping[str, Any]:
         """What cluster/ and `aspen status` show."""
-        facts = ClusterFacts(self.store.node_id, self.members, self.lags, self.store.consensus, self.peering,
-                             self._blob_facts, lambda: self.catching_up.progress,
-                             lambda: StateFacts(self.divergence.latest, self.store.quarantine))  # fmt: skip
-        return describe(
-            self.options, self.store, self.blobs, self.volume, self.filesystem, self.notifier, facts
+        told = describe(
+            self.options,
+            self.store,
+            self.blobs,
+            self.volume,
+            self.filesystem,
+            self.notifier,
+            self._cluster_facts(),
         )
+        return {**told, "events": self.events.told()}
+
+    def _cluster_facts(self) -> ClusterFacts:
+        return ClusterFacts(self.store.node_id, self.members, self.lags, self.store.consensus, self.peering,
+                            self._blob_facts, lambda: self.catching_up.progress,
+                            lambda: StateFacts(self.divergence.latest, self.store.quarantine))  # fmt: skip
+
+    def _cluster_view(self) -> Mapping[str, Any]:
+        """Of the status, what events are made of."""
+        told = describe_cluster(self._cluster_facts(), self.clock.time_ns())
+        return {**told.fields, "problems": [problem._asdict() for problem in told.problems]}
 
     def _blob_facts(self) -> BlobFacts:
         told = self.replicator.status()
@@ -254,6 +270,7 @@ class Node:
                 nursery.start_soon(self.upkeep.run)
                 nursery.start_soon(self.beside.run)
                 nursery.start_soon(self._signals)
+                nursery.start_soon(self.events.run)
                 gc.collect()
                 gc.freeze()
                 gc.set_threshold(*GC_THRESHOLDS)

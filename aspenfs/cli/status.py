@@ -25,7 +25,7 @@ from aspenfs.runtime import identity
 
 _FREE_SHARE_MIN = 0.05  # of the disk under the state directory
 # Said already in other words, or meant for programs.
-_NOT_SHOWN = ("health", "problems", "metrics", "figures", "members")
+_NOT_SHOWN = ("health", "problems", "metrics", "figures", "members", "events")
 
 
 class Problem(NamedTuple):

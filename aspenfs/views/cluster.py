@@ -9,6 +9,7 @@ that the files know, all of which may be missing:
     health      {"ok": bool, "cause": str, "advice": str}
     leader      name of the leading node
     members     list of {"name", "address", "state", …}
+    events      list of {"time", "text"}, oldest first
     revision    newest revision applied here
     metrics     {name: number, or {"help": str, "type": str, "value": number}}
 """
@@ -32,7 +33,7 @@ def as_json(status: Status) -> str:
 
 def as_text(status: Status) -> str:
     """For people: one `name: value` a line, lists and mappings indented below their name."""
-    return "".join(line + "\n" for name, value in status.items() if name != "metrics"
+    return "".join(line + "\n" for name, value in status.items() if name not in ("events", "metrics")
                    for line in _lines(name, value, ""))
 
 
@@ -102,7 +103,13 @@ def metrics(status: Status) -> str:
     return "".join(line + "\n" for line in lines)
 
 
+def events(status: Status) -> str:
+    """One event a line, the newest last: when, what."""
+    return "".join(f"{event['time']}  {event['text']}\n" for event in status.get("events") or [])
+
+
 FILES: Final[Mapping[bytes, Callable[[Status], str]]] = {
+    b"events": events,
     b"health": health,
     b"leader": leader,
     b"members": members,

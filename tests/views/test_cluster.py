@@ -19,6 +19,7 @@ STATUS: dict[str, Any] = {
     "health": {"ok": True},
     "members": [{"name": "node-1", "address": "10.0.0.1:7000", "state": "leader"},
                 {"name": "n2", "address": None, "state": "learner"}],
+    "events": [{"time": "2026-11-25T14:00:00Z", "text": "node-1 leads, term 3"}],
     "metrics": {"aspen_revision": {"help": "Newest revision\napplied", "type": "counter", "value": 42},
                 "aspen_up": True},
 }
@@ -27,8 +28,9 @@ STATUS: dict[str, Any] = {
 def test_each_file_says_its_part() -> None:
     async def main() -> None:
         at = Mounted(ClusterTree(lambda: STATUS, 7))
-        assert await at.names() == [b"health", b"leader", b"members", b"metrics", b"revision", b"status",
-                                    b"status.json"]
+        assert await at.names() == [b"events", b"health", b"leader", b"members", b"metrics", b"revision",
+                                    b"status", b"status.json"]
+        assert await at.read(b"events") == b"2026-11-25T14:00:00Z  node-1 leads, term 3\n"
         assert await at.read(b"leader") == b"node-1\n"
         assert await at.read(b"revision") == b"42\n"
         assert await at.read(b"health") == b"ok\n"
@@ -111,6 +113,6 @@ def test_files_know_what_to_say_of_an_empty_status() -> None:
     async def main() -> None:
         at = Mounted(ClusterTree(dict, 7))
         texts = [await at.read(name) for name in await at.names()]
-        assert texts == [b"unknown\n", b"-\n", b"", b"", b"0\n", b"", b"{}\n"]
+        assert texts == [b"", b"unknown\n", b"-\n", b"", b"", b"0\n", b"", b"{}\n"]
 
     trio.run(main)
