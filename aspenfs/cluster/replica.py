@@ -37,6 +37,7 @@ _NS_PER_MS: Final = 1_000_000
 # an election timeout, less the greatest drift of two clocks, less the tick that a follower may be
 # ahead, less 10 ms for what nobody thought of.
 LEASE_NS: Final = (ELECTION_TICKS * TICK_MS * 999 // 1000 - TICK_MS - 10) * _NS_PER_MS
+_LEADERLESS_WAIT_NS: Final = 2_000 * _NS_PER_MS  # an election that has a majority takes less
 _RESEND_TICKS: Final = 4  # a proposal or read that the leader did not acknowledge is sent again
 _READ_LATELY_TICKS: Final = 20  # a leader that nobody reads from lets its lease lapse
 _LOG_BYTES_MAX_ALONE: Final = 1 << 20
@@ -108,6 +109,7 @@ class Replica:
         self.raft, self._owner, self._now = raft, owner, monotonic_ns
         self._incarnation = incarnation << INCARNATION_SHIFT
         self._timeout_ns = proposal_timeout_ms * _NS_PER_MS
+        self._led_ns = monotonic_ns()  # when there was a leader last
         self._batch_bytes = batch_bytes
         self._ticks = 0
         # Proposals: waiting for a leader, and those sent to one: (term, number) -> proposal, in order.
@@ -684,6 +686,12 @@ class Replica:
 
     def _expire(self) -> None:
         now = self._now()
+        if self.raft.leader:
+            self._led_ns = now
+        elif now - self._led_ns > self._timeout_ns:
+            # There has been no leader for as long as anybody would wait for one. Who comes now, perhaps to a
+            # directory that is locked until the one before is answered, need not wait so long to hear it.
+            now += max(0, self._timeout_ns - _LEADERLESS_WAIT_NS)
         error = None
         for proposal in [*self._sent.values(), *self._unsent]:
             if proposal.deadline_ns <= now and not proposal.expired:

@@ -513,6 +513,27 @@ def test_without_a_majority_calls_end_in_bounded_time(three: Scenario) -> None:
     assert read.result(within_ms=4_000) is NO_QUORUM
 
 
+def test_when_there_was_no_leader_for_long_calls_end_soon_and_go_on_when_there_is_one_again() -> None:
+    with Scenario(3, proposal_timeout_ms=10_000) as scenario:
+        leader = scenario.leader()
+        others = scenario.others(leader)
+        for node in others:
+            scenario.down(node)
+        scenario.pass_ms(5_000)
+        first = scenario.txn(leader, [], [types.put(b"k/a", b"")])
+        scenario.pass_ms(4_000)
+        assert not first.there
+        scenario.pass_ms(3_000)
+        later = scenario.txn(leader, [], [types.put(b"k/b", b"")])
+        read = scenario.ask(leader, lambda engine: None)
+        assert isinstance(later.result(within_ms=2_200), errors.NoQuorum)
+        assert read.result(within_ms=200) is NO_QUORUM
+        for node in others:
+            scenario.start(node)
+        scenario.leader()
+        assert isinstance(scenario.txn(leader, [], [types.put(b"k/c", b"")]).result(), TxnResult)
+
+
 # --- mixtures that were fatal elsewhere, as seeds ---
 
 
