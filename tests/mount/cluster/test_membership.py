@@ -192,7 +192,7 @@ def test_member_that_was_removed_gets_nothing_any_more(cluster: Cluster, strange
 
 def test_node_whose_log_is_lost_is_refused_and_can_be_replaced(cluster: Cluster) -> None:
     first, _, third = cluster
-    first.sh("echo kept > files/kept")
+    first.sh("echo kept > files/after-loss")
     third.stop()
     shutil.rmtree(third.state / "wal")
     said = third.start_refused()
@@ -202,7 +202,7 @@ def test_node_whose_log_is_lost_is_refused_and_can_be_replaced(cluster: Cluster)
     assert "holds no cluster" in third.start_refused()
     first.aspen("member", "remove", "n3")
     third.join(cluster.ticket())
-    assert third.sh("cat files/kept") == "kept\n"
+    assert third.sh("cat files/after-loss") == "kept\n"
 
 
 def test_certificate_authority_is_replaced_while_everything_goes_on(cluster: Cluster) -> None:
