@@ -223,9 +223,10 @@ class Cluster:
             stack.callback(self.network.close)
             for node in self:
                 stack.callback(node.close)
-            self.network.mend()
             for node in self:
                 node.resume()
+            with contextlib.suppress(subprocess.SubprocessError):  # the network may be gone already
+                self.network.mend()
 
     def rest(self) -> None:
         """Nobody uses it for now: no deadline."""
