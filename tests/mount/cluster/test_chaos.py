@@ -2,6 +2,8 @@
 
 import random
 
+import pytest
+
 from tests.mount.chaos import Chaos
 
 SEED = 1
@@ -21,8 +23,9 @@ KINDS = [
 ]
 
 
+@pytest.mark.timeout(300)
 def test_nothing_acknowledged_is_lost_and_every_history_is_linearizable_under_all_faults() -> None:
-    with Chaos(SEED, hurry=2.5, usable_s=USABLE_S) as run:
+    with Chaos(SEED, hurry=3, usable_s=USABLE_S) as run:
         kinds = random.Random(SEED).sample(KINDS, len(KINDS))
         assert set(kinds) == set(run.nemesis.kinds)
         report = run.run(iter(kinds))
