@@ -5,7 +5,6 @@ tests/cluster/, watches and compaction in tests/kv/, log, state and snapshots on
 """
 
 import functools
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -36,11 +35,6 @@ SMALL: dict[str, Any] = {  # for small segments of the log
     "make_raft": functools.partial(Raft, max_append_bytes=2 << 10),
     "make_replica": functools.partial(Replica, batch_bytes=2 << 10),
 }
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> None:
-    logging.getLogger("aspenfs").setLevel(logging.CRITICAL)
 
 
 @pytest.fixture

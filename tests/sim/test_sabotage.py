@@ -4,17 +4,10 @@ Each sabotage is run, seed after seed, until a check fails; and it must be one t
 same seeds with the right parts pass (`test_seeds.py`).
 """
 
-import logging
 
 import pytest
 
 from aspenfs.sim.sabotage import SABOTAGES, search
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> None:
-    """Nodes complain of what is done to them."""
-    logging.getLogger("aspenfs").setLevel(logging.CRITICAL)
 
 
 @pytest.mark.parametrize("name", sorted(SABOTAGES))

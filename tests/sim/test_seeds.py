@@ -3,7 +3,6 @@
 More of the same: `tools/simulate --seeds 1-10000`. A seed that once failed stays in FOUND.
 """
 
-import logging
 
 import pytest
 
@@ -21,12 +20,6 @@ FOUND = [
     (21, 5_000),  # after a failed sync, a new process promised what was in the page cache alone
     (1311, 8_000),  # a leader demoted itself, and its longer log kept the others from electing one
 ]
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> None:
-    """Nodes complain of what is done to them."""
-    logging.getLogger("aspenfs").setLevel(logging.CRITICAL)
 
 
 def must_hold(chosen: Plan) -> None:

@@ -1,6 +1,5 @@
 """The simulator itself: one seed is one course of events, faults can be left out, failures shrink."""
 
-import logging
 import os
 import subprocess
 import sys
@@ -15,11 +14,6 @@ from aspenfs.sim.scheduler import MS
 from aspenfs.sim.simulation import Plan, describe, plan, run, shrink
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> None:
-    logging.getLogger("aspenfs").setLevel(logging.CRITICAL)
 
 
 def everything(seed: int, steps: int = 3_000) -> Plan:

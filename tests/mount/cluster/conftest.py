@@ -57,3 +57,10 @@ def another(network: Network) -> Iterator[Node]:
         yield node
     finally:
         node.close()
+
+
+@pytest.fixture
+def own_cluster() -> Iterator[Cluster]:
+    """Nodes of which none has been made yet."""
+    with Cluster(3) as cluster:
+        yield cluster

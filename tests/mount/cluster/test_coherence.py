@@ -402,13 +402,6 @@ def steps():
 # --- a node that was alone ---
 
 
-@pytest.fixture
-def own_cluster() -> Iterator[Cluster]:
-    """Nodes of which none has been made yet."""
-    with Cluster(3) as cluster:
-        yield cluster
-
-
 def test_a_mount_that_was_alone_relies_on_nothing_when_others_come(own_cluster: Cluster) -> None:
     first, second, third = own_cluster
     first.init()
