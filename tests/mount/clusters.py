@@ -63,6 +63,7 @@ class Node(Mount):
             stderr=subprocess.PIPE,
             cwd="/",
         )
+        self.network.started(self.number, process.pid)
         try:
             out, err = process.communicate(stdin, timeout=timeout_s)
         except subprocess.TimeoutExpired:

@@ -49,7 +49,7 @@ class Network(ABC):
 
     @abstractmethod
     def started(self, node: int, pid: int) -> None:
-        """The daemon of the node has this process id now."""
+        """A process, its daemon or another one, was started at the node's place."""
 
     @abstractmethod
     def close(self) -> None: ...
@@ -178,6 +178,13 @@ def _ethernet(node: int) -> str:
     return f"02:00:00:00:00:{node:02x}"
 
 
+class _Wire:
+    """A connection through the proxy. `source` 0: nobody knows yet who has made it."""
+
+    def __init__(self, connection: socket.socket, source: int, target: int) -> None:
+        self.connection, self.source, self.target = connection, source, target
+
+
 class ProxyNetwork(Network):
     """Loopback: each node advertises a port of this process, which passes everything on, or holds it.
 
@@ -187,9 +194,10 @@ class ProxyNetwork(Network):
 
     def __init__(self, nodes: int) -> None:
         self.nodes = range(1, nodes + 1)
-        self._pids: dict[int, int] = {}
+        self._pids: dict[int, set[int]] = {node: set() for node in self.nodes}
         self._cut: set[tuple[int, int]] = set()
         self._changed = threading.Condition()
+        self._wires: set[_Wire] = set()
         self._over = False
         self._listeners: dict[int, socket.socket] = {}
         self._targets: dict[int, tuple[str, int]] = {}
@@ -211,7 +219,12 @@ class ProxyNetwork(Network):
         return []
 
     def started(self, node: int, pid: int) -> None:
-        self._pids[node] = pid
+        self._pids[node].add(pid)
+        with self._changed:
+            unknown = [wire for wire in self._wires if not wire.source]
+        for wire in unknown:  # it may have connected before anybody told
+            with contextlib.suppress(OSError):
+                wire.source = self._source(wire.connection)
 
     def cut(self, source: int, target: int) -> None:
         with self._changed:
@@ -242,60 +255,78 @@ class ProxyNetwork(Network):
 
     def _serve(self, connection: socket.socket, target: int) -> None:
         with connection:
-            source = self._source(connection)
-            self._open(source, target)
-            self._open(target, source)  # the answer to a SYN goes this way
+            wire = _Wire(connection, self._source(connection), target)
+            with self._changed:
+                self._wires.add(wire)
             try:
-                onward = socket.create_connection(self._targets[target], timeout=2)
-            except OSError:
-                return
-            with onward:
-                onward.settimeout(None)
-                back = threading.Thread(
-                    target=self._pass, args=(onward, connection, target, source), daemon=True
-                )
-                back.start()
-                self._pass(connection, onward, source, target)
-                back.join()
+                self._connect(wire)
+            finally:
+                with self._changed:
+                    self._wires.discard(wire)
 
-    def _pass(self, reader: socket.socket, writer: socket.socket, source: int, target: int) -> None:
+    def _connect(self, wire: "_Wire") -> None:
+        self._wait_open(wire, forth=True)
+        self._wait_open(wire, forth=False)  # the answer to a SYN goes this way
+        try:
+            onward = socket.create_connection(self._targets[wire.target], timeout=2)
+        except OSError:
+            return
+        with onward:
+            onward.settimeout(None)
+            arguments = (onward, wire.connection, wire, False)
+            back = threading.Thread(target=self._pass, args=arguments, daemon=True)
+            back.start()
+            self._pass(wire.connection, onward, wire, True)
+            back.join()
+
+    def _pass(self, reader: socket.socket, writer: socket.socket, wire: "_Wire", forth: bool) -> None:
         """One direction of a connection, until either end is gone."""
         with contextlib.suppress(OSError):
             while True:
                 select.select([reader], [], [])
-                self._open(source, target)
+                self._wait_open(wire, forth=forth)
                 data = reader.recv(_PIECE)
                 if not data or self._over:
                     break
-                self._open(source, target)
+                self._wait_open(wire, forth=forth)
                 writer.sendall(data)
         for end in (reader, writer):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
-    def _open(self, source: int, target: int) -> None:
+    def _wait_open(self, wire: "_Wire", *, forth: bool) -> None:
         """Waits while the way is cut."""
+
+        def is_open() -> bool:
+            way = (wire.source, wire.target) if forth else (wire.target, wire.source)
+            return way not in self._cut
+
         with self._changed:
-            self._changed.wait_for(lambda: (source, target) not in self._cut)
+            self._changed.wait_for(is_open)
 
     def _source(self, connection: socket.socket) -> int:
-        """The node whose daemon is at the other end; 0 for another process (`aspen join`)."""
+        """The node at whose place the other end is; 0 for a process that nobody has told of."""
         host, port = connection.getpeername()
         wanted = f"{int.from_bytes(socket.inet_aton(host), 'little'):08X}:{port:04X}"
         for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
             fields = line.split()
             if fields[1] == wanted and fields[9] != "0":
                 name = f"socket:[{fields[9]}]"
-                return next((node for node, pid in self._pids.items() if _holds(pid, name)), 0)
+                return next((node for node, pids in self._pids.items() if _hold(pids, name)), 0)
         return 0
 
 
-def _holds(pid: int, name: str) -> bool:
-    with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:
-        for entry in entries:
-            with contextlib.suppress(OSError):
-                if os.readlink(entry.path) == name:
-                    return True
+def _hold(pids: set[int], name: str) -> bool:
+    """Whether one of these processes has that file open. Those that have ended are dropped."""
+    for pid in list(pids):
+        try:
+            with os.scandir(f"/proc/{pid}/fd") as entries:
+                for entry in entries:
+                    with contextlib.suppress(OSError):
+                        if os.readlink(entry.path) == name:
+                            return True
+        except OSError:
+            pids.discard(pid)
     return False
 
 
