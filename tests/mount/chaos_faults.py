@@ -82,6 +82,7 @@ class Nemesis:
             "slow": self._slow,
             "bridge": self._bridge,
             "kill all": self._kill_all,
+            "blackout": self._blackout,
             "shatter": self._shatter,
             "transfer": self._transfer,
         }
@@ -169,6 +170,13 @@ class Nemesis:
         spoiled = tear(victim.state / "wal", victim.base / "trace", self.rng)
         self._last(0, 2)
         return Fault("torn tail", (victim.number,), 0, spoiled)
+
+    def _blackout(self) -> Fault:
+        """A loss of power everywhere at once: what a majority had not synced is nowhere."""
+        for node in self.cluster:
+            node.kill()
+        spoiled = [tear(node.state / "wal", node.base / "trace", self.rng) for node in self.cluster]
+        return Fault("blackout", tuple(self.cluster.nodes), 0, sum(spoiled))
 
     def _disk_full(self) -> Fault:
         self.disk.fill()

@@ -19,6 +19,7 @@ KINDS = [
     "shatter",
     "transfer",
     "kill all",
+    "blackout",
     "bridge",
 ]
 
