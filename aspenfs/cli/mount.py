@@ -30,7 +30,7 @@ FILE_SYSTEM_TYPE = "fuse.aspen"
 FUSE_DEVICE = "/dev/fuse"
 FUSE_CONFIGURATION = "/etc/fuse.conf"
 LOG_BYTES_MAX = 16 << 20  # a longer log moves to daemon.log.1 at the next start
-DYING_S = 1.0  # in which a killed daemon ends by itself, if its disk is not slow
+DYING_S = 0.7  # in which a killed daemon ends by itself, if its disk is not slow, or its mount answers
 ABORTED_S = 5.0  # and after which it does without its connection
 LOG_TAIL_LINES = 10
 LOG_TAIL_BYTES = 4096
@@ -232,7 +232,7 @@ def free_dying(path: str, directory: StateDirectory) -> None:
     if pid is None or _ends(pid, DYING_S):
         return
     mounted = mounts.find_mount(path)
-    if mounted is None or mounts.probe(path) is not mounts.State.HUNG:
+    if mounted is None or mounts.probe(path, timeout_s=DYING_S) is not mounts.State.HUNG:
         return
     try:
         mounts.abort(mounted.minor)

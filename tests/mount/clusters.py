@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Final
 
 from aspenfs import errors
@@ -164,7 +165,18 @@ class Node(Mount):
             os.kill(self.pid, signal.SIGCONT)
         self.paused = False
 
+    def _unexpected(self) -> int:
+        """The daemon of a start that should have been refused, if there is one; else 0."""
+        try:
+            pid = int((self.state / "daemon.pid").read_text())
+            environ = Path(f"/proc/{pid}/environ").read_bytes()
+        except (OSError, ValueError):
+            return 0
+        return pid if os.fsencode(f"ASPEN_STATE_DIR={self.state}") in environ.split(b"\0") else 0
+
     def close(self) -> None:
+        if not self.pid:
+            self.pid = self._unexpected()
         self.kill()  # umount would wait for a majority, which may have gone before
         if self.pid and alive(self.pid):
             number = self.connection()
