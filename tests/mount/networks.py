@@ -258,6 +258,8 @@ class ProxyNetwork(Network):
             wire = _Wire(connection, self._source(connection), target)
             with self._changed:
                 self._wires.add(wire)
+            if not wire.source:  # `started` may have come between the look above and this list
+                wire.source = self._source(connection)
             try:
                 self._connect(wire)
             finally:

@@ -45,7 +45,7 @@ async def test_a_peer_that_vanishes_without_a_word_is_noticed_and_found_again(tm
         error = one.network.peer_error(2)
         assert error is not None
         assert "nothing was heard" in error.cause
-        assert one.lost == [2]
+        await until(lambda: one.lost == [2])  # told by a task of its own
         proxy.heal()
         began = trio.current_time()
         await until(lambda: one.network.connected() == {2})
