@@ -19,7 +19,7 @@ from typing import Final
 from aspenfs.cluster.log import RaftLog
 from aspenfs.cluster.messages import Message, MessageType
 from aspenfs.cluster.progress import Inflights, Progress
-from aspenfs.cluster.quorum import INFINITY, majority_committed
+from aspenfs.cluster.quorum import INFINITY, joint_committed
 from aspenfs.cluster.readonly import ReadRounds
 from aspenfs.cluster.types import NOBODY, Configuration, Entry, HardState, ReadState, Role, Snapshot
 
@@ -125,11 +125,10 @@ class Core:
     def _quorum_of(self, figure: Callable[[Progress], int]) -> int:
         """The highest value of `figure` that a quorum has reached."""
         progress, configuration = self._progress, self.configuration
-        reached = majority_committed([figure(progress[node]) for node in configuration.voters])
-        if configuration.outgoing:
-            reached = min(
-                reached, majority_committed([figure(progress[node]) for node in configuration.outgoing])
-            )
+        reached = joint_committed(
+            [figure(progress[node]) for node in configuration.voters],
+            [figure(progress[node]) for node in configuration.outgoing],
+        )
         return reached if reached != INFINITY else 0
 
     def _look_if_alone(self) -> None:
