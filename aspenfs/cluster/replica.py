@@ -482,24 +482,24 @@ class Replica:
             return  # they go together when the leader has answered the last ones
         batch: list[tuple[int, bytes]] = []
         size = 0
-        unsent, sent = self._unsent, self._sent
-        own = HEADER.pack(raft.node_id, 0)[:8]
-        taken: list[tuple[int, _Proposal]] = []
+        unsent = self._unsent
         while unsent and size < self._batch_bytes and len(batch) < RAFT_APPEND_ENTRIES_MAX:
             proposal = unsent.popleft()
             self._count += 1
             number = self._incarnation | self._count
-            payload = own + number.to_bytes(8, "little") + proposal.command
+            self._sent[term, number] = proposal
+            payload = self._payload(number, proposal)
             batch.append((number, payload))
-            taken.append((number, proposal))
             size += len(payload)
         if leads:
             self._enqueue([payload for _, payload in batch], size)
         else:
             self._forward(leader, term, batch)
-        for number, proposal in taken:
-            proposal.sent_tick = self._ticks
-            sent[term, number] = proposal
+
+    def _payload(self, number: int, proposal: _Proposal) -> bytes:
+        """Of its entry, which is sent now."""
+        proposal.sent_tick = self._ticks
+        return HEADER.pack(self.raft.node_id, number) + proposal.command
 
     def _forward(self, leader: int, term: int, batch: Sequence[tuple[int, bytes]]) -> None:
         entries = tuple(Entry(term, number, int(EntryKind.PROPOSAL), payload) for number, payload in batch)
@@ -540,12 +540,10 @@ class Replica:
         term = raft.term
         batch: list[tuple[int, bytes]] = []
         size = 0
-        own = HEADER.pack(raft.node_id, 0)[:8]
         for (of_term, number), proposal in self._sent.items():
             if of_term != term or number <= after:
                 continue
-            proposal.sent_tick = self._ticks
-            payload = own + number.to_bytes(8, "little") + proposal.command
+            payload = self._payload(number, proposal)
             batch.append((number, payload))
             size += len(payload)
             if size >= self._batch_bytes or len(batch) == RAFT_APPEND_ENTRIES_MAX:
