@@ -22,10 +22,20 @@ from aspenfs import errors
 from aspenfs.cli.aspen import Settings
 from aspenfs.cli.client import Client
 from aspenfs.cli.kv import json_option
-from aspenfs.cli.output import EXIT_CODES_HELP, EXIT_REFUSED, Failure, failures, local_time, print_json, utc
+from aspenfs.cli.output import (
+    EXIT_CODES_HELP,
+    EXIT_REFUSED,
+    Failure,
+    failures,
+    local_time,
+    print_json,
+    size,
+    utc,
+)
 from aspenfs.cli.reporter import Reporter
 from aspenfs.runtime.backup.format import End, Header
 from aspenfs.runtime.backup.reading import Checker, Progress, read
+from aspenfs.runtime.disk import sync_directory
 
 _WAIT_S = 120.0  # for the daemon's next word: it may have to catch up with its log first
 
@@ -152,15 +162,6 @@ def tell_lost(lost: tuple[tuple[bytes, str], ...]) -> None:
             click.echo(f"  … and {len(lost) - 20} more: see --json", err=True)
 
 
-def size(count: int) -> str:
-    """Bytes with a binary unit, for people."""
-    number, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]
-    while number >= 1000 and len(units) > 1:
-        number /= 1024
-        units.pop(0)
-    return f"{number:.3g} {units[0]}"
-
-
 # --- files ---
 
 
@@ -195,7 +196,7 @@ def _written(file: str, force: bool) -> Generator[IO[bytes], None, None]:
             writing.flush()
             os.fsync(descriptor)
         _give_name(draft, target, file, force)
-        _sync_directory(target.parent)
+        sync_directory(target.parent)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -228,14 +229,6 @@ def _exists(file: str) -> Failure:
     advice = "name another file, or use --force"
     return Failure(f"{file} is there already: nothing was written", advice=advice,
                    name=errors.AlreadyExists.__name__)  # fmt: skip
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def reported(reporter: Reporter) -> Callable[[Progress], object]:

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import metadata
-from pathlib import Path
 from typing import Any, Final
 
 import trio
@@ -102,7 +101,7 @@ class Node:
                 f"{directory.path} holds the cluster {self.store.identity.name!r}, not {options.name!r}: "
                 "mount it by its name, or name another state directory with -o state_dir="
             )
-        self._join_in(incarnation)
+        self._join_in(disk, incarnation)
         self.volume = Volume(self.store, self.replicator, clock)
         self.volume.breathe = trio.lowlevel.checkpoint
         self.volume.is_member = self._is_member
@@ -137,7 +136,7 @@ class Node:
         self.stop = trio.Event()
         self.events = Events(self._cluster_view, clock.time_ns)
 
-    def _join_in(self, incarnation: int) -> None:
+    def _join_in(self, disk: RealDisk, incarnation: int) -> None:
         """The parts that deal with other nodes, whether there are any or not."""
         path, store, clock, entropy = self.directory.path, self.store, self.clock, SystemEntropy()
         consensus, options = store.consensus, self.options
@@ -147,11 +146,11 @@ class Node:
         self.peering = Peering(path, store, self.members, self.lags, switch, incarnation, clock, entropy,
                                settings)  # fmt: skip
         self.catching_up = CatchingUp(store, switch, path)
-        self.snapshots = SnapshotServer(store.state, entropy, lambda: _free_bytes(path),
+        self.snapshots = SnapshotServer(store.state, entropy, disk.free_bytes,
                                         lambda: store.quarantine and store.quarantine.error())  # fmt: skip
         self.snapshots.register(switch)
         store.suspended.append(self.snapshots.look)
-        self.checkpoints = Checkpoints(store.state, store.applier, lambda: _free_bytes(path))
+        self.checkpoints = Checkpoints(store.state, store.applier, disk.free_bytes)
         self.divergence = Divergence(store, self.checkpoints, switch, clock, self.members.step_down)
         self.blob_sync = GroupSync(self.blobs.sync, lambda: self.blobs.dirty)
         self.replicator = replicator = BlobReplicator(
@@ -165,16 +164,10 @@ class Node:
             leads=lambda: consensus.leading,
             refusal=lambda: store.refusal,
         )
-        self.members.lacking = self._lacking
+        self.members.lacking = lambda node: replicator.lacking(NodeId(node))
         store.before_propose = replicator.before_propose
         store.observe(replicator.observe)
         store.replaced.append(replicator.state_replaced)
-
-    async def _lacking(self, node: int) -> tuple[int, bool]:
-        if node == self.store.node_id:
-            status = self.replicator.status()
-            return status.missing, status.walked == 1.0
-        return await self.replicator.lacking(NodeId(node))
 
     # --- ports that the floors below are given ---
 
@@ -339,11 +332,6 @@ class Node:
             async for number in received:
                 log.info("stopping signal=%s", signal.Signals(number).name)
                 self.stop.set()
-
-
-def _free_bytes(path: Path) -> int:
-    disk = os.statvfs(path)
-    return disk.f_bavail * disk.f_frsize
 
 
 def main() -> int:

@@ -154,3 +154,12 @@ def print_bytes(parts: Iterable[bytes]) -> None:
 
 def flush() -> None:
     sys.stdout.buffer.flush()
+
+
+def size(count: int) -> str:
+    """Bytes with a binary unit, three digits, for people."""
+    number, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]
+    while number >= 1000 and len(units) > 1:
+        number /= 1024
+        units.pop(0)
+    return f"{number:.3g} {units[0]}"

@@ -8,10 +8,10 @@ import click
 
 from aspenfs import errors
 from aspenfs.cli.aspen import Settings
-from aspenfs.cli.backup import described, opened, reported, size, tell_lost
+from aspenfs.cli.backup import described, opened, reported, tell_lost
 from aspenfs.cli.founding import Making
 from aspenfs.cli.kv import json_option
-from aspenfs.cli.output import EXIT_CODES_HELP, EXIT_REFUSED, Failure, failures, print_json
+from aspenfs.cli.output import EXIT_CODES_HELP, EXIT_REFUSED, Failure, failures, print_json, size
 from aspenfs.cli.paths import StateDirectory, state_directory
 from aspenfs.cli.reporter import Reporter
 from aspenfs.runtime.backup.restoring import Restored

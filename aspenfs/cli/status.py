@@ -18,7 +18,15 @@ from aspenfs.cli.aspen import Settings
 from aspenfs.cli.kv import json_option
 from aspenfs.cli.lock import holder_pid
 from aspenfs.cli.member import print_members
-from aspenfs.cli.output import EXIT_CODES_HELP, EXIT_REFUSED, EXIT_UNREACHABLE, failures, flush, print_json
+from aspenfs.cli.output import (
+    EXIT_CODES_HELP,
+    EXIT_REFUSED,
+    EXIT_UNREACHABLE,
+    failures,
+    flush,
+    print_json,
+    size,
+)
 from aspenfs.cli.paths import ROOT_STATE_DIR, StateDirectory
 from aspenfs.fuse import mounts
 from aspenfs.runtime import identity
@@ -89,7 +97,7 @@ def _problems(directory: StateDirectory, daemon: Mapping[str, Any]) -> list[Prob
     disk = os.statvfs(directory.path)
     if disk.f_bavail < disk.f_blocks * _FREE_SHARE_MIN:
         problems.append(Problem(
-            f"the disk of {directory.path} is nearly full: {_size(disk.f_bavail * disk.f_frsize)} left",
+            f"the disk of {directory.path} is nearly full: {size(disk.f_bavail * disk.f_frsize)} left",
             "free some space there; when it is full, writes get ENOSPC and nothing that was written is lost"))
     return problems
 
@@ -150,7 +158,7 @@ def _show(directory: StateDirectory, daemon: Mapping[str, Any] | None, problems:
 
 def _text(name: str, value: Any) -> str:
     if name.endswith("bytes") and type(value) is int:
-        return _size(value)
+        return size(value)
     if isinstance(value, float):
         return f"{value:.3g}"
     if isinstance(value, Mapping):
@@ -158,12 +166,3 @@ def _text(name: str, value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(_text(name, item) for item in value) or "-"
     return "-" if value is None else str(value)
-
-
-def _size(count: int) -> str:
-    """Bytes with a binary unit, three digits."""
-    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]
-    while size >= 1000 and len(units) > 1:
-        size /= 1024
-        units.pop(0)
-    return f"{size:.3g} {units[0]}"

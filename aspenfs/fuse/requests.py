@@ -16,7 +16,9 @@ import logging
 import os
 import struct
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
+
+from aspenfs.vfs.tree import Caller
 
 logger = logging.getLogger(__name__)
 
@@ -29,17 +31,6 @@ WRITE_CACHE: Final = 1  # a page of a mapping, or of the writeback cache
 KERNEL_MIN: Final = (5, 1)  # the first that takes ENOSYS from OPENDIR for "never again"
 
 _POINTER_BYTES: Final = ctypes.sizeof(ctypes.c_void_p)
-
-
-class Caller(Protocol):
-    """Who asks, as pyfuse3 tells it."""
-
-    @property
-    def uid(self) -> int: ...
-    @property
-    def gid(self) -> int: ...
-    @property
-    def pid(self) -> int: ...
 
 
 class Header(NamedTuple):

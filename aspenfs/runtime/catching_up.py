@@ -107,7 +107,3 @@ class CatchingUp:
 
     def _note(self, progress: Progress) -> None:
         self.progress = progress
-
-    def status(self) -> dict[str, Any] | None:
-        """Of the fetch under way, in rows and bytes; None if there is none."""
-        return None if self.progress is None else self.progress._asdict()

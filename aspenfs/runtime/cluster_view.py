@@ -45,7 +45,10 @@ class Problem(NamedTuple):
 
 
 def name_of(members: Members, node: int) -> str:
-    member = members.table().get(node)
+    return _name(members.table().get(node), node)
+
+
+def _name(member: Member | None, node: int) -> str:
     return member.name if member is not None else f"node {node}"
 
 
@@ -63,7 +66,7 @@ def member_rows(members: Members, lags: Lags, network: PeerNetwork | None, own: 
     for node in sorted(nodes):
         member = table.get(node)
         row: dict[str, Any] = {
-            "id": node, "name": name_of(members, node), "role": members.role(node), "state": "unreachable",
+            "id": node, "name": _name(member, node), "role": members.role(node), "state": "unreachable",
             "lag": lags.of(node), "topology": member.topology if member is not None else 0,
             "addresses": list(member.addresses if member is not None else ()),
             "since_ns": None, "cause": "",

@@ -10,7 +10,7 @@ as a whole.
 
 import logging
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 import msgpack
@@ -18,6 +18,7 @@ import outcome
 import trio
 
 from aspenfs import errors
+from aspenfs.cluster.membership import read_configuration
 from aspenfs.cluster.messages import Message
 from aspenfs.cluster.raft import Raft
 from aspenfs.cluster.replica import HEADER, Done, Replica
@@ -38,7 +39,6 @@ META_TERM, META_CONFIGURATION = "term", "configuration"
 _IDLE_TICK_SECONDS = 0.25  # alone there is nobody to beat a heart for
 _VOTE_BYTES = 8
 
-Context = tuple[Command, object]  # a command proposed here, and its origin
 Landmark = tuple[int, Any]  # from this index on, this
 
 
@@ -47,17 +47,12 @@ class Network(Protocol):
 
     def send(self, to: int, message: Message) -> None: ...
 
-    def connected(self) -> Set[int]: ...
-
 
 class _Alone:
     """Nobody else is there."""
 
     def send(self, to: int, message: Message) -> None:
         logger.debug("no network: message to=%d dropped", to)
-
-    def connected(self) -> Set[int]:
-        return frozenset()
 
 
 class Consensus:
@@ -337,11 +332,8 @@ def encode_configuration(configuration: Configuration) -> bytes:
 
 
 def decode_configuration(data: bytes) -> Configuration:
-    """Corrupt bytes: ValueError."""
-    fields = msgpack.unpackb(data, use_list=False)
-    if type(fields) is not tuple or len(fields) != 5:
-        raise ValueError("not a configuration")
-    return Configuration(*fields)
+    """Corrupt bytes: ValueError, InvalidArgument."""
+    return read_configuration(msgpack.unpackb(data))
 
 
 def _no_snapshots(snapshot: Snapshot, leader: int) -> NoReturn:

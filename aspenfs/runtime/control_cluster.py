@@ -21,8 +21,8 @@ from aspenfs.runtime.identity import Identity
 from aspenfs.runtime.lags import Lags
 from aspenfs.runtime.members import Act, Member, Members
 from aspenfs.runtime.peer_settings import PeerSettings
-from aspenfs.runtime.peers import ca, tickets
-from aspenfs.runtime.peers.authority import Keeper, read_row
+from aspenfs.runtime.peers import tickets
+from aspenfs.runtime.peers.authority import Keeper
 from aspenfs.runtime.peers.network import PeerNetwork
 from aspenfs.runtime.peers.tickets import Known
 from aspenfs.seams import Clock, Entropy
@@ -83,15 +83,13 @@ class ClusterControl:
         if type(ttl_s) is not int:
             raise InvalidArgument("ttl_s must be a number")
         began = await self._begin(call.params)
-        network, settings = self._peering.network, self._peering.settings
-        assert network is not None
+        keeper, settings = self._peering.keeper, self._peering.settings
+        assert keeper is not None
         assert settings is not None
         await self._store.barrier()
-        row = read_row(self._store)
-        fingerprint = row[0].signing if row is not None else ca.fingerprint(network.credentials.bundle[0])
         now_ns = self._clock.time_ns()
-        ticket = tickets.new(self._node.cluster_id, self._node.name, self._addresses(), fingerprint, ttl_s,
-                             now_ns, self._entropy)  # fmt: skip
+        ticket = tickets.new(self._node.cluster_id, self._node.name, self._addresses(),
+                             keeper.signing_fingerprint, ttl_s, now_ns, self._entropy)  # fmt: skip
         done = await self._store.txn(*tickets.create(self._store, ticket, now_ns))
         await self._store.committed(done.revision)
         log.info("ticket=%s created ttl_s=%d", ticket_id(ticket.hash), ttl_s)

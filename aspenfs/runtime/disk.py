@@ -115,12 +115,17 @@ class RealDisk:
         os.rmdir(self._path(path))
 
     def sync_directory(self, path: str) -> None:
-        fd = os.open(self._path(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        sync_directory(self._path(path))
 
     def free_bytes(self) -> int:
         stat = os.statvfs(self._root)
         return stat.f_bavail * stat.f_frsize
+
+
+def sync_directory(path: str | os.PathLike[str]) -> None:
+    """The names in the directory are durable on return."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aspenfs.errors import Corrupt, IdentityLost, InvalidArgument
+from aspenfs.runtime.disk import sync_directory
 from aspenfs.seams import Entropy
 
 FILE_NAME = "cluster.json"
@@ -78,7 +79,7 @@ def write(directory: Path, identity: Identity) -> None:
               "node_id": identity.node_id}  # fmt: skip
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_file(directory / FILE_NAME, json.dumps(fields).encode() + b"\n")
-    _sync_directory(directory.parent)
+    sync_directory(directory.parent)
 
 
 def check_name(name: str) -> None:
@@ -116,7 +117,7 @@ def give_birth(directory: Path, entropy: Entropy) -> bytes:
         log = (directory / BORN_FILE).parent
         log.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_file(directory / BORN_FILE, mark.hex().encode() + b"\n")
-        _sync_directory(directory)
+        sync_directory(directory)
     return mark
 
 
@@ -172,18 +173,10 @@ def write_file(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(descriptor)
     draft.rename(path)
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 def remove_file(path: Path) -> None:
     """Durably gone on return; no error if it was not there."""
     path.unlink(missing_ok=True)
-    _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_directory(path.parent)

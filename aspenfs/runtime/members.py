@@ -286,8 +286,7 @@ class Members:
         """Does it here if this node leads, else asks the leader to."""
         for _ in range(3):
             try:
-                await {"promote": self.promote, "demote": self.demote, "remove": self.remove,
-                       "lead": self.lead}[act](node)  # fmt: skip
+                await self._do(act, node)
                 return
             except errors.NotLeader as error:
                 if not error.leader:
@@ -303,10 +302,13 @@ class Members:
         """The request `member.change` of another node."""
         match body:
             case ["promote" | "demote" | "remove" | "lead" as act, int() as node]:
-                await {"promote": self.promote, "demote": self.demote, "remove": self.remove,
-                       "lead": self.lead}[act](node)  # fmt: skip
+                await self._do(act, node)
             case _:
                 raise errors.InvalidArgument("not a change of members")
+
+    async def _do(self, act: Act, node: int) -> None:
+        await {"promote": self.promote, "demote": self.demote, "remove": self.remove,
+               "lead": self.lead}[act](node)  # fmt: skip
 
     # --- copies of chunks ---
 

@@ -12,7 +12,6 @@ from typing import Any
 import trio
 
 from aspenfs import errors
-from aspenfs.cluster.messages import Message
 from aspenfs.cluster.types import NodeId
 from aspenfs.runtime import contacts, peer_settings
 from aspenfs.runtime.host import NodeStore
@@ -35,7 +34,8 @@ Handler = Callable[[NodeId, Any], Awaitable[Any]]
 
 
 class Switch:
-    """The Peers port of a node that may get its network later: until then nobody is there."""
+    """The Peers port, but for Raft messages, of a node that may get its network later: until then nobody
+    is there."""
 
     def __init__(self) -> None:
         self._network: PeerNetwork | None = None
@@ -52,10 +52,6 @@ class Switch:
         self._handlers[kind] = handler
         if self._network is not None:
             self._network.handle(kind, handler)  # type: ignore[arg-type]
-
-    def send(self, to: int, message: Message) -> None:
-        if self._network is not None:
-            self._network.send(to, message)
 
     async def request(self, to: int, kind: str, body: Any, *, timeout_s: float) -> Any:
         """PeerUnreachable, and what the other side raises."""

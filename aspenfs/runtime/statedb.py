@@ -29,6 +29,7 @@ from aspenfs.kv.rows import Row
 from aspenfs.kv.types import Record
 from aspenfs.limits import MAPPED_BYTES_MAX, MIB, STORE_KEY_BYTES_MAX
 from aspenfs.runtime import longkeys
+from aspenfs.runtime.disk import sync_directory
 from aspenfs.runtime.longkeys import CHUNK, Databases
 from aspenfs.runtime.mapped import MappedFile, mapped_bytes
 
@@ -97,8 +98,8 @@ class StateDb:
             with self._env.begin(write=True) as txn:
                 txn.put(_FORMAT_KEY, FORMAT, db=self._databases.meta)
             self._env.sync(True)
-            _sync_directory(self._path)
-            _sync_directory(os.path.dirname(os.path.abspath(self._path)))
+            sync_directory(self._path)
+            sync_directory(os.path.dirname(os.path.abspath(self._path)))
         self._generation = 0
         self._in_doubt = False
         self._last_loaded = b""
@@ -468,11 +469,3 @@ def _translated(error: lmdb.Error, path: str) -> Exception:
     if isinstance(error, (lmdb.PanicError, lmdb.DiskError)) or code == errno.EIO:
         return SyncFailed(f"{path}: {error}")
     return StorageError(f"{path}: {error}")
-
-
-def _sync_directory(path: str) -> None:
-    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -25,6 +25,7 @@ from aspenfs.runtime.wal_recovery import recover
 from aspenfs.sim import network
 from aspenfs.sim.clock import DRIFT_PPM_MAX
 from aspenfs.sim.cluster import Cluster
+from aspenfs.sim.disk import Operation
 from aspenfs.sim.invariants import majority
 from aspenfs.sim.machine import Machine
 from aspenfs.sim.process import CLUSTER_ID, Process
@@ -263,19 +264,18 @@ class Faults:
     # --- disks ---
 
     def _sync_error(self, rng: random.Random) -> str:
-        process = self._some_process(rng)
-        if process is None:
-            return ""
-        disk = process.machine.disk
-        disk.fail("datasync", errno.EIO, at=disk.operations + rng.randint(1, 20))
-        return f"node {process.node}"
+        return self._disk_error(rng, "datasync")
 
     def _write_error(self, rng: random.Random) -> str:
+        return self._disk_error(rng, "pwrite")
+
+    def _disk_error(self, rng: random.Random, operation: Operation) -> str:
+        """The next few such operations of a disk go well, then one does not."""
         process = self._some_process(rng)
         if process is None:
             return ""
         disk = process.machine.disk
-        disk.fail("pwrite", errno.EIO, at=disk.operations + rng.randint(1, 20))
+        disk.fail(operation, errno.EIO, at=disk.operations + rng.randint(1, 20))
         return f"node {process.node}"
 
     def _full(self, rng: random.Random) -> str:

@@ -184,8 +184,10 @@ class BlobReplicator:
         self.repair.miss(digest)
 
     async def lacking(self, node: NodeId, *, timeout_s: float = LACKS_TIMEOUT_S) -> tuple[int, bool]:
-        """Chunks that are known to be missing on another node, and whether these are all: a learner that
-        lacks (0, True) may become a voter without making the cluster poorer. PeerUnreachable, PeerRefused."""
+        """Chunks that are known to be missing on a node, and whether these are all: a learner that lacks
+        (0, True) may become a voter without making the cluster poorer. PeerUnreachable, PeerRefused."""
+        if node == self.node:
+            return await self._lacks(node, None)
         return wire.lack_of(await self._peers.request(node, wire.LACKS, None, timeout_s=timeout_s))
 
     async def _lacks(self, node: int, body: Any) -> tuple[int, bool]:
