@@ -223,6 +223,12 @@ class Coherence:
                 self.notices.drop_attributes(ino)
         return not self.notices.holds_old_pages(ino)
 
+    def reads_past_pages(self, tree: Tree) -> bool:
+        """Whether a file that is opened now is read and written past the kernel's pages. A read from pages
+        ends at the size that the kernel knew when it began, which a change elsewhere makes a lie: what it
+        gives may be cut, or zeros. `strict` promises better; a shared mapping of such a file is ENODEV."""
+        return self.mode == STRICT and tree.shared and not self.store.alone
+
     def forgotten(self, ino: int) -> None:
         for some in self._lately:
             some.discard(ino)

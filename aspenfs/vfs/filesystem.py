@@ -330,11 +330,13 @@ class FileSystem:
         if tree.shared:
             await self.coherence.barrier()
             await self.coherence.told(ino)
-        target = await tree.open(node, flags, caller)
-        return self._add_handle(tree, ino, target), target, self._keeps(ino, target)
+        return self._opened(tree, ino, await tree.open(node, flags, caller))
 
-    def _keeps(self, ino: int, target: OpenFile) -> bool:
-        return self.coherence.opened(ino) and target.keep_cache
+    def _opened(self, tree: Tree, ino: int, target: OpenFile) -> tuple[int, OpenFile, bool]:
+        if self.coherence.reads_past_pages(tree):
+            target.direct_io = True
+        keeps = self.coherence.opened(ino) and target.keep_cache
+        return self._add_handle(tree, ino, target), target, keeps
 
     async def create(
         self, parent: int, name: bytes, mode: int, flags: int, caller: Caller
@@ -342,7 +344,7 @@ class FileSystem:
         tree, node = self.locate(parent)
         attr, target = await self._sure(partial(tree.create, node, name, mode, flags, caller))
         ino, validity, attr = self._made(tree, node, name, attr)
-        return self._add_handle(tree, ino, target), target, self._keeps(ino, target), ino, validity, attr
+        return *self._opened(tree, ino, target), ino, validity, attr
 
     def file(self, fh: int) -> OpenFile:
         handle = self.handles.get(fh)

@@ -494,3 +494,48 @@ print(done)
         time.sleep(KEPT_S + 0.1)
         listings = {node.sh("ls -l --time-style=full-iso files/churn | tail -n +2") for node in cluster}
     assert len(listings) == 1
+
+
+# --- strict ---
+
+REWRITES = """
+body = lambda n: (b"%09d" % n) * (1 + n % 7)
+end = time.monotonic() + 4
+n = 0
+while time.monotonic() < end:
+    n += 1
+    fd = os.open("rewritten", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.write(fd, body(n))
+    os.close(fd)
+print(n)
+"""
+READS = """
+body = lambda n: (b"%09d" % n) * (1 + n % 7)
+end = time.monotonic() + 4
+last = count = 0
+while time.monotonic() < end:
+    with open("rewritten", "rb", buffering=0) as file:
+        found = file.read(4096)
+    if not found:
+        continue  # between the truncation and the write
+    n = int(found[:9])
+    assert found == body(n), found
+    assert n >= last, (n, last)
+    last, count = n, count + 1
+print(count)
+"""
+
+
+def test_a_strict_mount_reads_no_mixture_of_a_file_that_another_one_rewrites(cluster: Cluster) -> None:
+    first, second, _ = cluster
+    first.sh("echo > files/rewritten; printf '%09d%09d' 1 1 > files/rewritten")
+    second.stop()
+    second.start("consistency=strict")
+    written, read = at_once(lambda: python(first, REWRITES), lambda: python(second, READS))
+    assert int(written) > 100
+    assert int(read) > 100
+    assert "No such device" in python(
+        second, "mmap.mmap(os.open('rewritten', os.O_RDWR), 9)", check=False
+    )  # the price: no shared mappings
+    second.stop()
+    second.start()
