@@ -56,6 +56,14 @@ INODE_BLOCK = 4_096  # inode ids a host reserves at a time
 TICK_MS = 50  # the core's unit of time
 HEARTBEAT_TICKS = 2  # a leader's sign of life
 ELECTION_TICKS = 14  # silence after which a follower stands for election: 7 heartbeats; twice that at most
+CLOCK_DRIFT_PPM_MAX = 1_000  # between two voters' clocks, as a lease supposes: NTP slews one by 500 at most
+CLOCK_DOUBT_PPM = CLOCK_DRIFT_PPM_MAX // 2  # between the own clock and a voter's; beyond it no leases here
+CLOCK_SAMPLE_S = 5  # between two looks at a voter's clock
+CLOCK_READINGS = 3  # of it at each look; the one with the shortest round trip counts
+CLOCK_SAMPLES_MAX = 12  # kept of the last minute; of each minute before the best one:
+CLOCK_MINUTES_MAX = 10  # so that long round trips do not hide for ever what a clock gains
+CLOCK_CLEAN_S = 60  # so long a clock must have run well before leases rest upon it again
+CLOCK_LEAP_MS = 1  # boot time ahead of running time by so much at once: the machine slept
 PROPOSAL_TIMEOUT_MS = 10_000  # a proposal or read that has no majority by then fails with NoQuorum
 PROPOSALS_BYTES_MAX = 64 * MIB  # proposed here and not yet resolved; beyond it writers wait
 RAFT_APPEND_BYTES_MAX = 1 * MIB  # entries in one append message, or one entry that is larger
@@ -177,6 +185,7 @@ assert DIGEST_AGAIN_S <= DIGEST_PERIOD_S
 assert DIGEST_HURRY_BYTES < DIGEST_GROWTH_BYTES_MAX < SNAPSHOT_GROWTH_BYTES_MAX
 assert PROPOSAL_TIMEOUT_MS < 1000 * BLOB_PIN_S / 4  # what a proposal names is there when it is applied
 assert HEARTBEAT_TICKS * 4 < ELECTION_TICKS
+assert CLOCK_CLEAN_S <= CLOCK_SAMPLE_S * CLOCK_SAMPLES_MAX  # a clean interval is among what is kept
 assert TXN_BYTES_MAX + 16 < WAL_FRAME_BYTES_MAX < RAFT_INFLIGHT_BYTES_MAX
 assert WAL_FRAME_BYTES_MAX < PEER_FRAME_BYTES_MAX < PEER_REQUESTS_BYTES_MAX < PEER_QUEUE_BYTES_MAX
 assert RAFT_INFLIGHT_BYTES_MAX < PEER_QUEUE_BYTES_MAX  # flow control acts first

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from aspenfs.cli.member import for_readers
 from aspenfs.cli.output import utc
+from aspenfs.cluster.clock_rates import ClockRates, Rate
 from aspenfs.runtime import cluster_view
 from aspenfs.runtime.cluster_view import Problem
 from aspenfs.runtime.consensus import Consensus
@@ -46,6 +47,7 @@ class ClusterFacts(NamedTuple):
     blobs: Callable[[], BlobFacts]
     snapshot: Callable[[], Progress | None]  # that this node is fetching
     states: Callable[[], StateFacts]
+    clocks: ClockRates
 
 
 class Told(NamedTuple):
@@ -65,6 +67,8 @@ def describe_cluster(facts: ClusterFacts, now_ns: int) -> Told:
     network, keeper, blobs = peering.network, peering.keeper, facts.blobs()
     if keeper is not None and (problem := cluster_view.certificate_problem(keeper.expires_ns, now_ns)):
         problems.append(problem)
+    if (problem := cluster_view.clock_problem(facts.clocks.doubts, name)) is not None:
+        problems.append(problem)
     if blobs.unavailable:
         problems.append(_unavailable(blobs.unavailable))
     shown = [for_readers(row) for row in rows if row["state"] != "removed"]
@@ -76,6 +80,10 @@ def describe_cluster(facts: ClusterFacts, now_ns: int) -> Told:
         "listen": peering.settings.listen if network is not None and peering.settings is not None else None,
         "certificate_expires": utc(keeper.expires_ns) if keeper is not None else None,
     }
+    rates = facts.clocks.rates
+    if rates:
+        fields["clocks"] = [{"name": name(node), "gains_ppm": [rate.low_ppm, rate.high_ppm]}
+                            for node, rate in rates.items()]  # fmt: skip
     if verdict is not None:
         result = "no majority" if not verdict.digest else "differ" if verdict.differing else "equal"
         fields["states_compared"] = {"result": result, "entry": verdict.index, "at": utc(verdict.time_ns)}
@@ -92,6 +100,7 @@ def describe_cluster(facts: ClusterFacts, now_ns: int) -> Told:
         "blobs_unavailable": blobs.unavailable,
         "quarantine": int(quarantine is not None),
         **_state_figures(verdict),
+        **_clock_figures(facts.clocks),
     }
     lag = facts.lags.of(facts.node)
     return Told(fields, problems, figures if lag is None else {**figures, "lag": lag})
@@ -105,6 +114,20 @@ def _state_figures(verdict: Verdict | None) -> dict[str, int]:
     disagree = not verdict.digest and verdict.differing != ()
     return {"members_diverged": len(diverged), "states_disagree": int(disagree),
             "states_compared_entry": verdict.index}  # fmt: skip
+
+
+def _clock_figures(clocks: ClockRates) -> dict[str, int]:
+    """`clock_gain_ppm`: what the voter's clock that is least like this one gains on it, in the middle of the
+    bounds that are certain; it may be off by `clock_uncertainty_ppm`, either way."""
+    figures = {"read_leases_off": int(not clocks.leases_allowed()), "clocks_doubted": len(clocks.doubts)}
+    worst = max(clocks.rates.values(), key=lambda rate: abs(_middle(rate)), default=None)
+    if worst is None:
+        return figures
+    return {**figures, "clock_gain_ppm": _middle(worst), "clock_uncertainty_ppm": (worst.width_ppm + 1) // 2}
+
+
+def _middle(rate: Rate) -> int:
+    return (rate.low_ppm + rate.high_ppm) // 2
 
 
 def _unavailable(count: int) -> Problem:

@@ -44,6 +44,7 @@ from aspenfs.runtime.blob_replication.durable import GroupSync
 from aspenfs.runtime.blob_replication.replicator import BlobReplicator
 from aspenfs.runtime.catching_up import CatchingUp
 from aspenfs.runtime.checkpoints import Checkpoints
+from aspenfs.runtime.clock_watch import ClockWatch
 from aspenfs.runtime.cluster_view import name_of
 from aspenfs.runtime.control import ControlServer
 from aspenfs.runtime.control_cluster import ClusterControl
@@ -145,6 +146,7 @@ class Node:
         settings = peer_settings.effective(path, options.listen, options.advertise)
         self.peering = Peering(path, store, self.members, self.lags, switch, incarnation, clock, entropy,
                                settings)  # fmt: skip
+        self.clocks = ClockWatch(consensus, switch, clock, incarnation)
         self.catching_up = CatchingUp(store, switch, path)
         self.snapshots = SnapshotServer(store.state, entropy, disk.free_bytes,
                                         lambda: store.quarantine and store.quarantine.error())  # fmt: skip
@@ -199,7 +201,8 @@ class Node:
     def _cluster_facts(self) -> ClusterFacts:
         return ClusterFacts(self.store.node_id, self.members, self.lags, self.store.consensus, self.peering,
                             self._blob_facts, lambda: self.catching_up.progress,
-                            lambda: StateFacts(self.divergence.latest, self.store.quarantine))  # fmt: skip
+                            lambda: StateFacts(self.divergence.latest, self.store.quarantine),
+                            self.clocks.rates)  # fmt: skip
 
     def _cluster_view(self) -> Mapping[str, Any]:
         """Of the status, what events are made of."""
@@ -230,6 +233,7 @@ class Node:
                 await nursery.start(self.store.run)
                 self.replicator.bind(self.volume)
                 await nursery.start(self.replicator.run)
+                nursery.start_soon(self.clocks.run)
                 nursery.start_soon(self.catching_up.run)
                 nursery.start_soon(self.snapshots.run)
                 nursery.start_soon(self.checkpoints.run)

@@ -20,6 +20,7 @@ from aspenfs.cluster.messages import Message, MessageType
 from aspenfs.cluster.raft import Raft
 from aspenfs.cluster.types import Configuration, Entry, EntryKind, HardState, Ready, Role, Snapshot
 from aspenfs.limits import (
+    CLOCK_DRIFT_PPM_MAX,
     ELECTION_TICKS,
     PROPOSAL_TIMEOUT_MS,
     PROPOSALS_BYTES_MAX,
@@ -36,7 +37,9 @@ _NS_PER_MS: Final = 1_000_000
 # A quorum that answered a round sent at t lets nobody else be elected before t + this (Raft §6.4.1):
 # an election timeout, less the greatest drift of two clocks, less the tick that a follower may be
 # ahead, less 10 ms for what nobody thought of.
-LEASE_NS: Final = (ELECTION_TICKS * TICK_MS * 999 // 1000 - TICK_MS - 10) * _NS_PER_MS
+LEASE_NS: Final = _NS_PER_MS * (
+    ELECTION_TICKS * TICK_MS * (1_000_000 - CLOCK_DRIFT_PPM_MAX) // 1_000_000 - TICK_MS - 10
+)
 _LEADERLESS_WAIT_NS: Final = 2_000 * _NS_PER_MS  # an election that has a majority takes less
 _RESEND_TICKS: Final = 4  # a proposal or read that the leader did not acknowledge is sent again
 _READ_LATELY_TICKS: Final = 20  # a leader that nobody reads from lets its lease lapse
@@ -143,6 +146,8 @@ class Replica:
         self._ready_reads: list[tuple[int, _Read]] = []
         self._lease_until_ns = self._lease_term = 0
         self._last_read_tick = -_READ_LATELY_TICKS
+        # Set by the owner: whether clocks run as leases suppose (clock_rates.py). If not, each read is a round.
+        self.leases_allowed: Callable[[], bool] = lambda: True
         self._installing: Snapshot | None = None
         self._done: list[tuple[Done, object]] = []  # to be called at the end of a pump
         self.alone = False
@@ -624,6 +629,7 @@ class Replica:
             and not raft.transferred_in_term
             and raft.committed_in_term
             and self._now() < self._lease_until_ns
+            and self.leases_allowed()
         )
 
     def _start_round(self) -> None:

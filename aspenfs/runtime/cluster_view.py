@@ -7,6 +7,7 @@ Belongs here: what `aspen status`, `aspen member list` and `cluster/` tell alike
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, Final, NamedTuple
 
+from aspenfs.cluster.clock_rates import Rate
 from aspenfs.cluster.types import Configuration
 from aspenfs.runtime.divergence import Verdict
 from aspenfs.runtime.lags import Lags
@@ -33,6 +34,12 @@ _NOT_WELL: Final = "if that does not come: are they connected, and what does dae
 _NOBODY_KNOWS: Final = (
     "nothing was touched. Find out which node is right (aspen check on each, your backups), aspen member "
     "remove the others, empty their state directories, and let them join again"
+)
+_CLOCKS: Final = (
+    "reads here ask a majority each time, slower and still right, until the clocks have run alike for a "
+    "minute; on both hosts see whether the time service corrects the clock (chronyc tracking, timedatectl "
+    "timesync-status) and what is in /sys/devices/system/clocksource/clocksource0/current_clocksource; if "
+    "several hosts complain of one, that one is wrong"
 )
 _RENEWAL: Final = "it is renewed by itself while a voter is connected: daemon.log says why it was not"
 
@@ -156,6 +163,15 @@ def state_problems(verdict: Verdict | None, marker: Quarantine | None, own: int,
     told = [f"{name(node)} {digest.hex()[:8] or 'unreadable'}" for node, digest in verdict.told.items()]
     found = f"the states of the members differ at entry {verdict.index}, and no majority agrees"
     return [Problem(f"{found}: {', '.join(told)}", _NOBODY_KNOWS)]
+
+
+def clock_problem(doubts: Mapping[int, Rate], name: Callable[[int], str]) -> Problem | None:
+    """`doubts`: of this node, as `ClockRates.doubts`. The cause has no figures: it is the same as long as it
+    lasts."""
+    if not doubts:
+        return None
+    ways = [f"{name(node)}'s is {'fast' if rate.low_ppm > 0 else 'slow'}" for node, rate in doubts.items()]
+    return Problem(f"clocks run apart: beside this node's {', '.join(ways)}", _CLOCKS)
 
 
 def certificate_problem(expires_ns: int, now_ns: int) -> Problem | None:

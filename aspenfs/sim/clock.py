@@ -22,11 +22,16 @@ class SimClock:
         self._since_ns = scheduler.now_ns
         self._boot_ns = boot_ns
         self._wall_offset_ns = wall_offset_ns
+        self._leapt_ns = 0
         self.drift_ppm = 0
 
     def monotonic_ns(self) -> int:
         passed = self._scheduler.now_ns - self._since_ns
         return self._boot_ns + passed + passed * self.drift_ppm // _MILLION
+
+    def awake_ns(self) -> int:
+        """Without the leaps, as CLOCK_MONOTONIC."""
+        return self.monotonic_ns() - self._leapt_ns
 
     def time_ns(self) -> int:
         return _EPOCH_NS + self.monotonic_ns() + self._wall_offset_ns
@@ -41,6 +46,7 @@ class SimClock:
         """The boot-time clock goes ahead by `by_ns` at once."""
         assert by_ns >= 0
         self._boot_ns += by_ns
+        self._leapt_ns += by_ns
 
     def set_wall(self, by_ns: int) -> None:
         """Somebody sets the wall clock, forth or back."""

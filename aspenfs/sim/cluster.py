@@ -57,6 +57,7 @@ class Cluster:
         self.write_of: dict[bytes, object] = {}  # command -> the client's write that it is
         self._streams = streams
         self._rng = streams.stream("durations")
+        self._questions = streams.stream("questions")
         self._hash = blake2b(digest_size=16)
         self._sink = sink
         for _ in range(voters):
@@ -131,6 +132,11 @@ class Cluster:
 
     def transfer_ns(self) -> int:
         return self._drawn(self.settings.transfer_ns)
+
+    def question_ns(self) -> int:
+        """One way of a request between nodes that takes no time itself."""
+        quality = self.network.quality
+        return quality.delay_min_ns + int(self._questions.expovariate(1.0) * quality.delay_mean_ns)
 
     def _drawn(self, mean_ns: int) -> int:
         return 1 + int(self._rng.expovariate(1.0) * mean_ns)

@@ -27,6 +27,7 @@ from aspenfs.runtime.consensus import META_TERM, Consensus
 from aspenfs.runtime.statedb import StateDb
 from aspenfs.runtime.syncer import Syncer
 from aspenfs.runtime.wal import Wal
+from aspenfs.sim.clock_exchange import ClockExchange
 from aspenfs.sim.disk import SimulatedCrash
 from aspenfs.sim.invariants import Violation
 from aspenfs.sim.scheduler import MS
@@ -107,6 +108,8 @@ class Process(Consensus):
         self.replica = self.settings.make_replica(
             self.raft, self, machine.clock.monotonic_ns, incarnation=machine.incarnation,
             proposal_timeout_ms=self.settings.proposal_timeout_ms)  # fmt: skip
+        self.clocks = ClockExchange(self)
+        self.replica.leases_allowed = self.clocks.rates.leases_allowed
         self._quietly = not found.tail and not configuration.learners
 
     def _decided(self, entries: Sequence[Entry]) -> None:
@@ -133,6 +136,7 @@ class Process(Consensus):
     def begin(self) -> None:
         self._plan_tick()
         self._plan_flush()
+        self.clocks.begin()
         if self._only_voter():
             self.do(self._campaign)
 
