@@ -146,7 +146,7 @@ class Replica:
         self._ready_reads: list[tuple[int, _Read]] = []
         self._lease_until_ns = self._lease_term = 0
         self._last_read_tick = -_READ_LATELY_TICKS
-        # Set by the owner: whether clocks run as leases suppose (clock_rates.py). If not, each read is a round.
+        # Set by the owner: whether clocks run as leases suppose (clock_rates.py). If not, reads are rounds.
         self.leases_allowed: Callable[[], bool] = lambda: True
         self._installing: Snapshot | None = None
         self._done: list[tuple[Done, object]] = []  # to be called at the end of a pump
