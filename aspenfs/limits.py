@@ -54,6 +54,7 @@ INODE_BLOCK = 4_096  # inode ids a host reserves at a time
 
 # --- consensus ---
 TICK_MS = 50  # the core's unit of time
+NOTICE_MS = 4  # after which members have entries, and hear of commits, that nobody there waits for
 HEARTBEAT_TICKS = 2  # a leader's sign of life
 ELECTION_TICKS = 14  # silence after which a follower stands for election: 7 heartbeats; twice that at most
 CLOCK_DRIFT_PPM_MAX = 1_000  # between two voters' clocks, as a lease supposes: NTP slews one by 500 at most

@@ -109,9 +109,10 @@ class Beside:
     async def end(self) -> None:
         """After the mount: what was written is committed, and nothing is held here any more."""
         self._scope.cancel()  # or a round would make the session anew
-        orphans = self.files.orphans
+        files = self.files
+        orphans = files.orphans
         orphans.unmounted()
-        for work in (self.files.writes.all_settled, orphans.session.close):
+        for work in (files.births.all_settled, files.writes.all_settled, orphans.session.close):
             with trio.move_on_after(END_S):
                 try:
                     await work()

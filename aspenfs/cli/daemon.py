@@ -121,6 +121,7 @@ class Node:
         assert isinstance(files, FilesTree)
         assert isinstance(kv, KVTree)
         self.files = files
+        files.begins_files = not options.sync
         self.upkeep = Upkeep(files, self.volume, self.blobs)
         self.origins = (self.volume, kv.origin)
         self.notifier = notifier = Notifier(

@@ -13,7 +13,7 @@ A layer calls what is below it, never what is above. Names and algorithm are etc
 says what is not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from aspenfs.cluster.log import RaftLog
@@ -85,6 +85,10 @@ class Core:
         self._alone = False  # the only member, and leader
         self._quietly = False  # if so, its term needs no entry of its own
         self._append_due = False  # somebody may be sent something
+        # As a leader, until the owner says `tell`: what is committed goes with the next append only, and what
+        # is appended does not go to those who can wait for it.
+        self.tells_late = False
+        self.can_wait: Sequence[int] = ()
         self._cuts: dict[int, list[Entry]] = {}  # entries of this turn's appends, by the index of the first
         self._snapshot: Snapshot | None = None  # which the owner offers to others
 

@@ -42,6 +42,8 @@ LEASE_NS: Final = _NS_PER_MS * (
 )
 _LEADERLESS_WAIT_NS: Final = 2_000 * _NS_PER_MS  # an election that has a majority takes less
 _RESEND_TICKS: Final = 4  # a proposal or read that the leader did not acknowledge is sent again
+_ASKED_LATELY_TICKS: Final = 4
+_ALL_AT_ONCE_TICKS: Final = 20
 _READ_LATELY_TICKS: Final = 20  # a leader that nobody reads from lets its lease lapse
 _LOG_BYTES_MAX_ALONE: Final = 1 << 20
 _QUEUE_BYTES_ENOUGH: Final = 256 << 10  # are worth a write of their own
@@ -77,6 +79,9 @@ class Owner(Protocol):
 
     def committed(self, index: int) -> None:
         """All entries up to this one are committed and evaluated; called once a batch."""
+
+    def remind(self) -> None:
+        """Call `Replica.reminded` soon: when others may have been told of a commit by something else."""
 
     def fetch_snapshot(self, snapshot: Snapshot, leader: int) -> None:
         """Fetch a state of at least that index; then `snapshot_installed`, or `snapshot_failed`."""
@@ -128,6 +133,18 @@ class Replica:
         # sync is under way: it could not be committed before the next one, and one write for all is cheaper.
         self._queue: list[tuple[int, bytes]] = []
         self._queue_bytes = self._queue_term = 0
+        # As a leader: how many of the queue, and up to which index of the log, others may have proposed; and
+        # alike for what this node has begun: readers elsewhere must see it.
+        self._foreign_queued = self._foreign = 0
+        self._begun_queued = False
+        self._begun = self._begun_term = 0
+        # As a leader: who wants to know everything at once, because it asks for things, until which tick;
+        # what was in the log and committed when the owner was asked to remind.
+        raft.tells_late = True
+        self._askers: dict[int, int] = {}
+        self._all_at_once_until = 0  # tick: too few have answered in time
+        self._seen = (0, 0)  # last and committed index, when it was last looked who can wait
+        self._reminder: tuple[int, int] | None = None
         # As a leader: the last number taken from each node in `_taken_term`.
         self._taken: dict[int, int] = {}
         self._taken_term = 0
@@ -161,6 +178,34 @@ class Replica:
         self.proposed_bytes += len(command)
         self._unsent.append(proposal)
 
+    def begin(self, command: bytes, context: object, done: Done) -> bool:
+        """As `propose`, where the order is settled at once, and with it the outcome: nothing comes before it
+        but what is evaluated here and what this node itself has under way. And no reader on another node
+        who asks from now on is answered without it, as long as this node leads.
+
+        False, and nothing has happened, unless this node leads under a lease, has all that is committed, and
+        nothing is under way that others proposed, or whose proposer has given up. If leadership ends before
+        it is committed it is proposed again, as any other; others' may be before it then. It waits for a
+        `pump`: those who come soon share its sync.
+        """
+        raft = self.raft
+        if (
+            self._unsent
+            or self._foreign_queued
+            or self._stalled is not None
+            or raft.transferring
+            or raft.suspended
+            or self._queue_bytes > PROPOSALS_BYTES_MAX
+            or not self.read_now()
+            or self._foreign > self._owner.revision
+            or self._has_expired()
+        ):
+            return False
+        self.propose(command, context, done)
+        self._send_proposals()
+        self._begun_queued = True
+        return True
+
     def read_now(self) -> bool:
         """Whether a read here and now sees all that was committed anywhere: on a leader with a lease.
 
@@ -181,11 +226,16 @@ class Replica:
         """A message of another member, authenticated."""
         kind = message.type
         if kind == MessageType.PROP:
+            self._askers[message.sender] = self._ticks + _ASKED_LATELY_TICKS
             self._take_proposals(message)
         elif kind == MessageType.PROP_RESP:
             self._proposals_taken(message)
-        elif kind == MessageType.READ_INDEX and self._answer_under_lease(message):
-            return
+        elif kind == MessageType.READ_INDEX:
+            self._askers[message.sender] = self._ticks + _ASKED_LATELY_TICKS
+            self.raft.tell((message.sender,))
+            # What has begun must have an index for it; else it asks again.
+            if self._has_begun_in_log() and not self._answer_under_lease(message):
+                self.raft.step(message)
         else:
             self.raft.step(message)
 
@@ -332,10 +382,56 @@ class Replica:
                 self._start_round()
             if self._stalled is not None and not self._write_stalled():
                 break
+            if raft.role is Role.LEADER and (raft.last_index, raft.commit) != self._seen:
+                self._look_who_waits()
             if not raft.has_ready:
                 break
             self._carry_out(raft.ready())
         self._tell()
+
+    def _look_who_waits(self) -> None:
+        """Who asks for things has and hears everything at once, for it may wait for this; so have as many
+        others as make a majority. The rest have it a little later, several entries at a time: to be told
+        of each would cost them and this node more than it is worth. If a majority does not answer in time,
+        all have everything at once for a while.
+        """
+        raft, ticks = self.raft, self._ticks
+        self._seen = raft.last_index, raft.commit
+        for node in [node for node, until in self._askers.items() if until < ticks]:
+            del self._askers[node]
+        askers = self._askers
+        configuration = raft.configuration
+        voters = configuration.voters
+        if ticks < self._all_at_once_until or configuration.outgoing:
+            raft.can_wait = ()
+        else:
+            nearest = raft.nearest()
+            wanted = len(voters) // 2 + (raft.node_id not in voters) - sum(node in askers for node in nearest)
+            others = [node for node in nearest if node not in askers]
+            raft.can_wait = others[max(0, wanted) :]
+        raft.tell(askers)
+        if self._reminder is None:
+            self._ask_for_reminder()
+
+    def _ask_for_reminder(self) -> None:
+        self._reminder = self.raft.last_index, self.raft.commit
+        self._owner.remind()
+
+    def reminded(self) -> None:
+        """The moment that `Owner.remind` was asked for has passed."""
+        raft, reminder = self.raft, self._reminder
+        self._reminder = None
+        if reminder is None or raft.role is not Role.LEADER:
+            return
+        last, commit = reminder
+        if raft.commit < last:
+            self._all_at_once_until = self._ticks + _ALL_AT_ONCE_TICKS
+            raft.can_wait = ()
+        raft.tell(raft.can_wait)
+        raft.tell(commit=commit)
+        if (raft.last_index, raft.commit) != reminder:
+            self._ask_for_reminder()
+        self.pump()
 
     def _carry_out(self, ready: Ready) -> None:
         """Step 1 of docs/design/cluster.md; the rest at once, or when there is room on the disk."""
@@ -363,7 +459,10 @@ class Replica:
         send = self._owner.send
         if ready.truncate_after is not None:
             self._truncated.append((self._written, ready.truncate_after))
+        begun = self._begun_index
         for message in ready.messages:
+            if begun and message.type == MessageType.READ_INDEX_RESP:
+                message = message._replace(index=max(message.index, begun))
             send(message.to, message)
         if self._written == self._synced and not ready.must_sync:
             for message in ready.messages_after_sync:
@@ -531,6 +630,10 @@ class Replica:
                 self._resolve(self._sent.pop(key), None)
         self._some_expired = len(expired) > 0
 
+    def _has_expired(self) -> bool:
+        self._some_expired = self._some_expired and any(one.expired for one in self._sent.values())
+        return self._some_expired
+
     def _resend(self) -> None:
         if not self._sent or self.raft.leader in (0, self.raft.node_id):
             return
@@ -586,33 +689,61 @@ class Replica:
         if new:
             self._taken[node] = last
             self._enqueue(new, sum(map(len, new)))
+            self._foreign_queued += len(new)
         self._answer_proposals(node, raft.term, last, refused_for=raft.node_id if gap else 0)
 
     def _enqueue(self, payloads: Sequence[bytes], size: int) -> None:
         if self._queue_term != self.raft.term:
-            self._queue, self._queue_bytes, self._queue_term = [], 0, self.raft.term
+            self._empty_queue()
+            self._queue_term, self._foreign = self.raft.term, 0
         self._queue += [(EntryKind.PROPOSAL, payload) for payload in payloads]
         self._queue_bytes += size
 
-    def _append_queue(self) -> None:
-        """Into the log, unless it is better to wait. What was taken under another term is nobody's any more:
-        its proposers see that term end."""
+    def _empty_queue(self) -> None:
+        self._queue, self._queue_bytes = [], 0
+        self._foreign_queued, self._begun_queued = 0, False
+
+    def _append_queue(self, *, now: bool = False) -> None:
+        """Into the log, unless it is better to wait (not if `now`). What was taken under another term is
+        nobody's any more: its proposers see that term end."""
         raft = self.raft
         if raft.role is not Role.LEADER or raft.term != self._queue_term:
-            self._queue, self._queue_bytes = [], 0
+            self._empty_queue()
             return
-        if self._written > self._synced and self._queue_bytes < _QUEUE_BYTES_ENOUGH:
+        if self._written > self._synced and self._queue_bytes < _QUEUE_BYTES_ENOUGH and not now:
             return
         count, size = 0, 0
         while count < min(len(self._queue), RAFT_APPEND_ENTRIES_MAX) and size < self._batch_bytes:
             size += len(self._queue[count][1])
             count += 1
+        some = self._queue[:count]
         try:
-            raft.propose(self._queue[:count])
+            raft.propose(some)
         except errors.AspenError:  # Overloaded, or handing over: later
             return
         del self._queue[:count]
         self._queue_bytes -= size
+        if self._foreign_queued:
+            foreign = sum(HEADER.unpack_from(payload)[0] != raft.node_id for _, payload in some)
+            if foreign:
+                self._foreign, self._foreign_queued = raft.last_index, self._foreign_queued - foreign
+        if self._begun_queued:
+            self._begun, self._begun_term = raft.last_index, raft.term
+            self._begun_queued = bool(self._queue)
+
+    def _has_begun_in_log(self) -> bool:
+        """Whether all that this node has begun has an index by now."""
+        while self._begun_queued and self._queue:
+            length = len(self._queue)
+            self._append_queue(now=True)
+            if len(self._queue) == length:
+                return False
+        return True
+
+    @property
+    def _begun_index(self) -> int:
+        """What readers elsewhere must see, beyond what is committed."""
+        return self._begun if self._begun_term == self.raft.term else 0
 
     def _answer_proposals(self, node: int, term: int, last: int, *, refused_for: int) -> None:
         answer = Message(MessageType.PROP_RESP, node, self.raft.node_id, term, index=last,
@@ -683,7 +814,7 @@ class Replica:
         raft = self.raft
         self._owner.send(message.sender, Message(
             MessageType.READ_INDEX_RESP, message.sender, raft.node_id, raft.term,
-            index=raft.commit, context=message.context))  # fmt: skip
+            index=max(raft.commit, self._begun_index), context=message.context))  # fmt: skip
         return True
 
     # --- time ---

@@ -8,7 +8,7 @@ Nothing is sent while input is taken in: it is noted that something is due, and 
 the end of the turn. So a turn that takes in many proposals and answers sends one append a member.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Final
 
@@ -24,6 +24,7 @@ _HEARTBEAT: Final = MessageType.HEARTBEAT
 _PROBE: Final = ProgressState.PROBE
 _REPLICATE: Final = ProgressState.REPLICATE
 _SNAPSHOT: Final = ProgressState.SNAPSHOT
+_WAITING_MAX: Final = 1_000  # entries, for one who can wait
 _SILENT_MAX: Final = 2  # answers that know nothing of a snapshot: one may have crossed the offer
 
 match = attrgetter("match")
@@ -39,6 +40,7 @@ class Replication(Core):
         self._reset(self.term)
         self.role = LEADER
         self.leader = self.node_id
+        self.can_wait = ()
         log = self.log
         for node in self._progress:
             self._progress[node] = progress = self._new_progress()
@@ -86,13 +88,21 @@ class Replication(Core):
         """Sends each member what there is for it."""
         self._append_due = False
         for node, progress in self._progress.items():
-            if node != self.node_id:
+            waits = (
+                node in self.can_wait
+                and progress.state is _REPLICATE
+                and not progress.wanted
+                and self.log.last_index - progress.next < _WAITING_MAX
+            )
+            if node != self.node_id and not waits:
                 self._send_appends(node, progress)
         self._cuts.clear()
 
     def _send_appends(self, node: int, progress: Progress) -> None:
         """As much as flow control allows; an empty one if it is wanted, or tells more of the commit index."""
-        even_empty = progress.wanted or progress.could_use_commit(self.log.committed)
+        even_empty = progress.wanted or (
+            not self.tells_late and progress.could_use_commit(self.log.committed)
+        )
         progress.wanted = False
         while not progress.is_paused and self._send_append(node, progress, even_empty):
             even_empty = False
@@ -235,6 +245,26 @@ class Replication(Core):
         self.committed_in_term = True
         self._append_due = True
         return True
+
+    def tell(self, nodes: Iterable[int] | None = None, *, commit: int | None = None) -> None:
+        """A leader that tells late: these, or all, shall have now what is in the log, and hear of what is
+        committed, or of this commit index. Nothing is sent to those who know."""
+        if self.role is not LEADER:
+            return
+        last, commit = self.log.last_index, self.log.committed if commit is None else commit
+        for node in self._progress if nodes is None else nodes:
+            progress = self._progress.get(node)
+            if progress is not None and (progress.next <= last or progress.could_use_commit(commit)):
+                progress.wanted = self._append_due = True
+
+    def nearest(self) -> list[int]:
+        """The other voters that a leader is in step with, who is furthest first."""
+        ranked = [
+            (-progress.match, node)
+            for node, progress in self._progress.items()
+            if node != self.node_id and node in self.configuration.voters and progress.state is _REPLICATE
+        ]
+        return [node for _, node in sorted(ranked)]
 
     def _own_log_persisted(self) -> None:
         """The leader counts itself, for what is on its own disk."""

@@ -6,7 +6,7 @@ transaction's compares when it applies.
 """
 
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 from aspenfs import errors
@@ -41,6 +41,7 @@ from aspenfs.filesystem.layout import (
 )
 from aspenfs.filesystem.references import References
 from aspenfs.filesystem.volume import ATTEMPTS, Volume, conflict
+from aspenfs.kv.store import Begun
 from aspenfs.kv.types import (
     EQUAL,
     Compare,
@@ -83,6 +84,14 @@ class Removed(NamedTuple):
     node: int
     inode: Inode
     gone: bool
+
+
+class Birth(NamedTuple):
+    """A file that is made: its inode, the bytes of its row, and the transaction under way."""
+
+    inode: Inode
+    row: bytes
+    begun: Begun
 
 
 class Namespace:
@@ -140,50 +149,56 @@ class Namespace:
         In a set-group-ID directory it gets the directory's group, and a directory the bit too
         (mkdir(2), inode(7)).
         """
+        node = node or await self.volume.new_id()
+        for _ in range(ATTEMPTS):
+            inode, compares, then = self._making(parent, name, mode, uid, gid, rdev, target, node)
+            result = await self.store.txn(compares, then, origin=self.volume)
+            if result.succeeded:
+                return node, inode
+        raise conflict("create")
+
+    def begin(self, parent: int, name: bytes, mode: int, uid: int, gid: int, node: int) -> Birth | None:
+        """As `make` of a regular file, without waiting; None where its outcome is not settled at once
+        (`Store.begin`). The caller sees to it that nobody else on this host changes the directory until
+        this returns (the kernel's lock of it), nor uses the file before it is there."""
+        inode, compares, then = self._making(parent, name, mode, uid, gid, 0, b"", node)
+        begun = self.store.begin(compares, then, origin=self.volume)
+        return None if begun is None else Birth(inode, INODE.pack(*inode), begun)
+
+    def _making(
+        self,
+        parent: int,
+        name: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
+        rdev: int,
+        target: bytes,
+        node: int,
+    ) -> tuple[Inode, Sequence[Compare], Sequence[Operation]]:
+        """A new inode, and the transaction that makes it."""
         if len(name) > NAME_BYTES_MAX:
             raise errors.NameTooLong(f"a name has at most {NAME_BYTES_MAX} bytes")
         if len(target) > SYMLINK_BYTES_MAX:
             raise errors.NameTooLong(f"a symbolic link's target has at most {SYMLINK_BYTES_MAX} bytes")
         name_key, parent_key = dirent_key(parent, name), inode_key(parent)
-        node = node or await self.volume.new_id()
-        for _ in range(ATTEMPTS):
-            compares, mode_now, gid_now, inherited = self._heritage(parent, node, mode, gid)
-            if self.store.get(name_key) is not None:
-                raise errors.AlreadyExists(name)
-            now = self.volume.now()
-            kind = mode >> 12
-            nlink, up = (2, parent) if kind == DIRECTORY else (1, 0)
-            flags = HAS_XATTRS if inherited else 0
-            fields = (
-                nlink,
-                len(target),
-                0,
-                0,
-                now,
-                now,
-                now,
-                mode_now,
-                uid,
-                gid_now,
-                rdev,
-                up,
-                FORMAT,
-                flags,
-            )
-            result = await self.store.txn(
-                (absent(name_key), *compares),
-                (
-                    put(name_key, DIRENT.pack(node, kind)),
-                    put(inode_key(node), INODE.pack(*fields) + target),
-                    merge(parent_key, *_parent_edits(1, 1 if kind == DIRECTORY else 0, now)),
-                    merge(USAGE_KEY, add(0, 1)),
-                    *inherited,
-                ),
-                origin=self.volume,
-            )
-            if result.succeeded:
-                return node, Inode._make(fields)
-        raise conflict("create")
+        compares, mode_now, gid_now, inherited = self._heritage(parent, node, mode, gid)
+        if self.store.get(name_key) is not None:
+            raise errors.AlreadyExists(name)
+        now = self.volume.now()
+        kind = mode >> 12
+        nlink, up = (2, parent) if kind == DIRECTORY else (1, 0)
+        flags = HAS_XATTRS if inherited else 0
+        size = len(target)
+        fields = (nlink, size, 0, 0, now, now, now, mode_now, uid, gid_now, rdev, up, FORMAT, flags)
+        then = (
+            put(name_key, DIRENT.pack(node, kind)),
+            put(inode_key(node), INODE.pack(*fields) + target),
+            merge(parent_key, *_parent_edits(1, 1 if kind == DIRECTORY else 0, now)),
+            merge(USAGE_KEY, add(0, 1)),
+            *inherited,
+        )
+        return _new(Inode, fields), (absent(name_key), *compares), then
 
     def _heritage(
         self, parent: int, node: int, mode: int, gid: int

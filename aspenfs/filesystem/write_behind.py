@@ -220,8 +220,12 @@ class WriteBehind:
         while file.waiting:
             self._done_with(file, file.waiting.popleft())
         if self.returns_early:
-            self.failures[node] = self.failures.get(node, (0, error))[0] + 1, error
+            self.failed(node, error)
         self.displaced(node)
+
+    def failed(self, node: int, error: errors.AspenError) -> None:
+        """Whoever has the file open is to hear that something failed which had returned."""
+        self.failures[node] = self.failures.get(node, (0, error))[0] + 1, error
 
     @staticmethod
     def _wake(file: _File, error: errors.AspenError | None) -> None:

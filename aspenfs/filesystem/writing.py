@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from aspenfs import errors
+from aspenfs.filesystem.births import Births
 from aspenfs.filesystem.content import EXTENTS_A_STEP, OPS_ROOM, Content
 from aspenfs.filesystem.layout import (
     ALLOCATED,
@@ -39,6 +40,7 @@ from aspenfs.kv.types import (
     add,
     append,
     compare_mod_revision,
+    compare_value,
     delete_range,
     merge,
     patch,
@@ -141,6 +143,7 @@ class Writer:
 
     def __init__(self, volume: Volume, content: Content) -> None:
         self.volume, self.store, self.content, self.blobs = volume, volume.store, content, volume.blobs
+        self.births: Births | None = None  # files that may be written to though they are not there yet
 
     async def write(self, node: int, offset: int | None, data: bytes) -> int:
         """Writes all of `data` at `offset`, or at the end (None: O_APPEND); the offset it went to."""
@@ -170,10 +173,15 @@ class Writer:
         went. Stale, TooLarge."""
         key = inode_key(node)
         for _ in range(ATTEMPTS):
-            record = self.store.get(key)
-            if record is None:
-                raise errors.Stale(f"inode {node} is gone")
-            inode = unpack_inode(record.value)
+            record, birth = self.store.get(key), None
+            if record is not None:
+                inode = unpack_inode(record.value)
+                same = compare_mod_revision(key, EQUAL, record.mod_revision)
+            else:
+                birth = self.births and self.births.children.get(node)
+                if not birth:
+                    raise errors.Stale(f"inode {node} is gone")
+                inode, same = birth.birth.inode, compare_value(key, EQUAL, birth.birth.row)
             plan = (
                 self._plan(node, inode, pieces) if len(pieces) > 1 else self._single(node, inode, pieces[0])
             )
@@ -190,9 +198,7 @@ class Writer:
                 operations += references.operations()
             operations.append(merge(key, *edits))
             try:
-                result = await self.volume.txn(
-                    (compare_mod_revision(key, EQUAL, record.mod_revision),), operations
-                )
+                result = await self.volume.txn((same,), operations)
             finally:
                 for digest in sealed:
                     self._unpin(digest)
@@ -200,6 +206,9 @@ class Writer:
                 if references.deltas:
                     self.volume.unreference(references.lost())
                 return starts
+            if birth:
+                assert self.births is not None  # it is one of them
+                await self.births.settled(node)
         raise conflict(f"write to inode {node}")
 
     async def _write_halves(self, node: int, inode: Inode, piece: Piece) -> int:

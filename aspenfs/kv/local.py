@@ -11,7 +11,7 @@ from aspenfs.kv.commands import Command
 from aspenfs.kv.engine import Engine
 from aspenfs.kv.memory import MemoryState
 from aspenfs.kv.state import Outcome
-from aspenfs.kv.store import Dedup, Observer
+from aspenfs.kv.store import Begun, Dedup, Observer
 from aspenfs.kv.types import Batch, Compare, Operation, Record, TxnResult
 from aspenfs.kv.watch import Signal
 from aspenfs.seams import Clock, Entropy
@@ -63,6 +63,11 @@ class LocalStore:
         result = self._run(command, encoded, origin).result
         assert isinstance(result, TxnResult)
         return result
+
+    def begin(
+        self, compares: Sequence[Compare], then: Sequence[Operation], *, origin: object = None
+    ) -> Begun | None:
+        return None
 
     async def committed(self, revision: int | None = None) -> int:
         return await self.engine.committed(revision)

@@ -20,6 +20,16 @@ Dedup = tuple[bytes, int]  # (client id of 16 bytes, sequence number from 1)
 Observer = Callable[[int, Sequence[Event], object], None]
 
 
+class Begun(Protocol):
+    """A transaction that has its place, and so its outcome, and is not committed yet."""
+
+    def hurry(self) -> None:
+        """Somebody waits: it need not wait any longer for others to share its sync."""
+
+    async def outcome(self) -> TxnResult:
+        """Waits until it is committed and applied here. NoQuorum, OutcomeUnknown, Closed."""
+
+
 class Store(Protocol):
     @property
     def node_id(self) -> int:
@@ -63,6 +73,19 @@ class Store(Protocol):
         On a node that may accept on its own it does not suspend: between reading state and the
         return of this call no other transaction comes in between. `dedup` makes a retry apply once
         and return the first result. `origin` is handed to local observers. TxnTooLarge, NoSpace.
+        """
+
+    def begin(self, compares: Sequence[Compare], then: Sequence[Operation], *,
+              origin: object = None) -> Begun | None:
+        """On several nodes: a transaction that has its place at once, before anything that others propose.
+
+        Only if that is so: this node leads, reads here are current, and nothing of others is under way.
+        Then it does `then` if its compares hold by what is read here, as long as nothing of this node's own
+        that is under way changes that, which only the caller can know; and other nodes' barriers wait for
+        it. Only if this node ceases to lead before it is committed may others' come before it. It is not
+        visible to reads before it is committed. It names no chunks.
+
+        None if it is not so: `txn`. Always None alone, where `txn` does not suspend.
         """
 
     async def committed(self, revision: int | None = None) -> int:

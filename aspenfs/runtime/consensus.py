@@ -27,7 +27,8 @@ from aspenfs.kv import commands
 from aspenfs.kv.commands import Command
 from aspenfs.kv.engine import Engine
 from aspenfs.kv.state import Outcome, nothing_changed
-from aspenfs.limits import TICK_MS
+from aspenfs.kv.types import TxnResult
+from aspenfs.limits import NOTICE_MS, TICK_MS
 from aspenfs.runtime.applier import Applier
 from aspenfs.runtime.syncer import Syncer
 from aspenfs.runtime.wal import Kind, Wal
@@ -47,12 +48,39 @@ class Network(Protocol):
 
     def send(self, to: int, message: Message) -> None: ...
 
+    def flush(self) -> None:
+        """What was sent may leave now: `Consensus` says so after each turn."""
+
 
 class _Alone:
     """Nobody else is there."""
 
     def send(self, to: int, message: Message) -> None:
         logger.debug("no network: message to=%d dropped", to)
+
+    def flush(self) -> None:
+        pass
+
+
+class _Begun:
+    """A `kv.store.Begun`."""
+
+    def __init__(self, hurry: Callable[[], None]) -> None:
+        self.hurry = hurry
+        self._done = trio.Event()
+        self._result: object = None
+
+    def resolve(self, result: object) -> None:
+        self._result = result
+        self._done.set()
+
+    async def outcome(self) -> TxnResult:
+        await self._done.wait()
+        result = self._result
+        if isinstance(result, errors.AspenError):
+            raise result.with_traceback(None)
+        assert isinstance(result, TxnResult)
+        return result
 
 
 class Consensus:
@@ -73,6 +101,7 @@ class Consensus:
         self._awake = False
         self.snapshot_wanted: Callable[[Snapshot, int], object] = _no_snapshots
         self.configuration_changed: list[Callable[[Configuration], object]] = []
+        self._reminder = trio.Event()
         self.run_inline = True  # no task pumps: whoever wakes does
 
     def start(self, raft: Raft, monotonic_ns: Callable[[], int], incarnation: int) -> Replica:
@@ -87,6 +116,7 @@ class Consensus:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._pump)
+                nursery.start_soon(self._remind)
                 nursery.start_soon(self._tick)
         finally:
             self.run_inline = True
@@ -95,6 +125,7 @@ class Consensus:
         """Something was put in: the pump runs when all tasks that are ready have had their turn."""
         if self.run_inline:
             self.replica.pump()
+            self.network.flush()
         elif not self._awake:
             self._awake = True
             if self._waiting is not None:
@@ -110,6 +141,13 @@ class Consensus:
                 await trio.lowlevel.wait_task_rescheduled(self._not_waiting)
             self._awake = False
             self._guarded(self.replica.pump)
+
+    async def _remind(self) -> None:
+        while True:
+            await self._reminder.wait()
+            self._reminder = trio.Event()
+            await trio.sleep(NOTICE_MS / 1000)
+            self._guarded(self.replica.reminded)
 
     def _not_waiting(self, _: object) -> trio.lowlevel.Abort:
         self._waiting = None
@@ -129,6 +167,8 @@ class Consensus:
             act()
         except Exception as error:
             self._failed(error)
+            return
+        self.network.flush()
 
     def receive(self, sender: int, messages: Sequence[Message]) -> None:
         """From `sender`, which the link has proved. What it says in another's name is dropped."""
@@ -162,6 +202,13 @@ class Consensus:
         """
         return await self._answer(lambda resolve: self.replica.propose(
             encoded, (command, origin), resolve, repeatable=command.dedup is not None))  # fmt: skip
+
+    def begin_proposal(self, command: Command, encoded: bytes, origin: object) -> _Begun | None:
+        """A proposal whose outcome is settled at once; None if it can not be: `Replica.begin`."""
+        if self.run_inline:
+            return None
+        begun = _Begun(self.wake)
+        return begun if self.replica.begin(encoded, (command, origin), begun.resolve) else None
 
     async def read_index(self) -> int:
         """An index that was current after the call began, and is evaluated here. NoQuorum."""
@@ -260,6 +307,9 @@ class Consensus:
 
     def committed(self, index: int) -> None:
         self._engine.committed_to(index)
+
+    def remind(self) -> None:
+        self._reminder.set()
 
     def fetch_snapshot(self, snapshot: Snapshot, leader: int) -> None:
         self.snapshot_wanted(snapshot, leader)

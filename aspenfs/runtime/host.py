@@ -36,7 +36,7 @@ from aspenfs.kv import commands, types
 from aspenfs.kv.commands import Command
 from aspenfs.kv.engine import Engine
 from aspenfs.kv.state import Outcome
-from aspenfs.kv.store import Dedup, Observer
+from aspenfs.kv.store import Begun, Dedup, Observer
 from aspenfs.kv.types import Batch, Compare, Operation, Record, TxnResult
 from aspenfs.limits import (
     MIB,
@@ -535,6 +535,17 @@ class NodeStore:
             raise result
         self._accept(index, encoded, outcome, origin)
         return result
+
+    def begin(self, compares: Sequence[Compare], then: Sequence[Operation], *,
+              origin: object = None) -> Begun | None:
+        replica = self._replica
+        if (replica.alone or self._failure is not None or self.quarantine is not None
+                or self._wal.short_of_space or self._refusal is not None
+                or replica.proposed_bytes > PROPOSALS_BYTES_MAX
+                or self._overlay.bytes > OVERLAY_BYTES_MAX):  # fmt: skip
+            return None
+        command, encoded = self.engine.txn_command(compares, then)
+        return self.consensus.begin_proposal(command, encoded, origin)
 
     def _is_alone(self) -> bool:
         """After an await: it may have changed."""

@@ -120,6 +120,7 @@ class Peering:
         network.set_members(self._table())
         await self._nursery.start(network.run, [settings.listen])
         self._switch.attach(network)
+        network.gathers = True
         consensus.network = network
         consensus.configuration_changed.append(lambda _: keeper.stir())
         self.network, self.keeper, self.settings = network, keeper, settings

@@ -44,6 +44,16 @@ class Written(NamedTuple):
     digest: bytes
 
 
+class _Begun:
+    """A proposal that has its place, and the oldest read elsewhere that was asked for behind it."""
+
+    __slots__ = ("node", "seen_as_of", "succeeds", "term")
+
+    def __init__(self, node: int, term: int, succeeds: bool | None) -> None:
+        self.node, self.term, self.succeeds = node, term, succeeds
+        self.seen_as_of = 1 << 63
+
+
 class NodeRecord:
     """One node's log and promises, as they must be, across all its lives."""
 
@@ -92,6 +102,8 @@ class Invariants:
         self.called: set[tuple[int, int]] = set()  # (term, node) that was told to stand for election at once
         self._accepting = 0  # who last evaluated ahead of its disk
         self.acknowledged = 0  # the highest revision of which any client was told
+        self._begun: dict[int, _Begun] = {}  # proposals that have their place, by number
+        self._begun_count = 0
         self._state_sums: list[int] = [0]  # by index: sum of the hashes of all rows of the state
         self._state: dict[bytes, int] = {}  # key -> hash of its row
         self._undo: list[list[tuple[bytes, int]]] = []  # by index, from 1: keys and the hashes they had
@@ -451,8 +463,38 @@ class Invariants:
         """A client was told of this revision."""
         self.acknowledged = max(self.acknowledged, revision)
 
-    def may_read(self, node: int, revision: int, at_call: int, how: str) -> None:
-        """`node` answers a linearizable read at `revision`; `at_call` had been acknowledged before it."""
+    def begins(self, node: int, term: int, succeeds: bool | None) -> int:
+        """`node`, leader of `term`, has told a client that a proposal has its place; `succeeds`: whether its
+        compares hold, if that is known. A number for `begun_applied`, `begun_lost`."""
+        self._begun_count += 1
+        self._begun[self._begun_count] = _Begun(node, term, succeeds)
+        return self._begun_count
+
+    def begun_lost(self, number: int) -> None:
+        """It never was, or nobody knows what became of it."""
+        del self._begun[number]
+
+    def begun_applied(self, number: int, revision: int, term: int, succeeded: bool) -> None:
+        """It is entry `revision`, of `term`. Under a later term it came again, and promised nothing."""
+        begun = self._begun.pop(number)
+        if term != begun.term:
+            return
+        if begun.seen_as_of < revision:
+            self._wrong("begun-unseen", f"entry {revision} had its place at node {begun.node}, and a read "
+                                        f"elsewhere that came later is as of {begun.seen_as_of}")  # fmt: skip
+        if begun.succeeds not in (None, succeeded):
+            self._wrong("begun-outcome", f"entry {revision} was to succeed: {begun.succeeds}, and did not so")
+
+    def reads(self) -> int:
+        """A client asks for something: the number of what has begun before that."""
+        return self._begun_count
+
+    def may_read(self, node: int, revision: int, at_call: int, how: str, begun: int = 0) -> None:
+        """`node` answers a linearizable read at `revision`; `at_call` had been acknowledged before it, and
+        what has a number up to `begun` had begun."""
+        for number, one in self._begun.items():
+            if number <= begun and one.node != node:
+                one.seen_as_of = min(one.seen_as_of, revision)
         if revision < at_call:
             self._wrong("stale-read", f"{how} at node {node} is answered as of {revision}; "
                                           f"{at_call} had been acknowledged before")  # fmt: skip

@@ -20,7 +20,7 @@ from aspenfs.errors import AspenError, Corrupt, StorageError
 from aspenfs.kv.engine import Engine
 from aspenfs.kv.state import Effect
 from aspenfs.kv.types import Event
-from aspenfs.limits import TICK_MS
+from aspenfs.limits import NOTICE_MS, TICK_MS
 from aspenfs.runtime import recovery
 from aspenfs.runtime.applier import Applier
 from aspenfs.runtime.consensus import META_TERM, Consensus
@@ -282,6 +282,9 @@ class Process(Consensus):
             self.invariants.sync_started(self.node)
             self.machine.thread.begin(self.wal.sync)
             self._sync_goes_on(self._sync_number, self.ticket)
+
+    def remind(self) -> None:
+        self.scheduler.after(NOTICE_MS * MS, lambda: self.do(self.replica.reminded), "remind")
 
     def _sync_goes_on(self, number: int, ticket: int) -> None:
         machine = self.machine

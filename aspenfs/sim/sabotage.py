@@ -14,7 +14,7 @@ from aspenfs.cluster.clock_rates import ClockRates
 from aspenfs.cluster.log import RaftLog
 from aspenfs.cluster.messages import Message
 from aspenfs.cluster.raft import Raft
-from aspenfs.cluster.replica import Replica
+from aspenfs.cluster.replica import Done, Replica
 from aspenfs.cluster.types import Entry, EntryKind, HardState, Ready, Role
 from aspenfs.kv import once
 from aspenfs.kv.watch import Hub
@@ -30,6 +30,7 @@ Patch = tuple[Any, str, Any]  # (owner, name of its attribute, what is there mea
 
 _TROUBLE: Final = ("crash", "crash_in_effect", "blackout", "pause", "partition", "lossy", "reset", "transfer")
 _READERS: Final = Mix(clients=3, read=500, think_ns=30 * MS)
+_WRITERS: Final = Mix(clients=6, names=2, dedup=0.0, create=40, unlink=40, rename=40, think_ns=5 * MS)
 _MEMBERS: Final = ("add", "promote", "demote", "remove", "replace")
 
 
@@ -230,6 +231,12 @@ def _take_repetitions(self: Replica, message: Message) -> None:
     _right_take_proposals(self, message)
 
 
+def _begin_behind_others(self: Replica, command: bytes, context: object, done: Done) -> bool:
+    """Whatever others have under way."""
+    self._foreign_queued = self._foreign = 0
+    return _right_begin(self, command, context, done)
+
+
 def _forget_configuration(self: Consensus, index: int) -> dict[str, bytes]:
     meta = dict(_right_meta_at(self, index))
     del meta[META_CONFIGURATION]
@@ -258,6 +265,7 @@ _right_append_alone = leading.Leading.append_alone
 _right_transfer = leading.Leading.transfer_leader
 _right_receive = Replica.receive
 _right_take_proposals = Replica._take_proposals
+_right_begin = Replica.begin
 _right_meta_at = Consensus.meta_at
 _right_apply = Consensus.apply
 _right_publish = Hub.publish
@@ -277,7 +285,7 @@ _ALL: Final = (
              [(election.Election, "_pre_campaign", _no_pre_vote)], frozenset({"pre-vote"})),
     Sabotage("commit-by-counting", "an entry of an earlier term is committed by counting (Raft §5.4.2)",
              [(replication.Replication, "_maybe_commit", _commit_by_counting)],
-             frozenset({"commit-own-term"})),
+             frozenset({"commit-own-term"}), gap_ns=120 * MS, seeds=400),
     Sabotage("count-learners", "a learner's disk counts for a majority",
              [(core.Core, "_quorum_of", _count_learners)], frozenset({"commit-durable"}),
              kinds=("add", "promote", "demote", "stall", "partition", "slow")),
@@ -318,6 +326,10 @@ _ALL: Final = (
              [(machine, "DRIFT_PPM_MAX", 500_000), (ClockRates, "leases_allowed", _any_clock_will_do)],
              frozenset({"lease-conflict", "stale-read"}),
              kinds=("partition",), gap_ns=900 * MS, steps=10_000, mix=_READERS),
+    Sabotage("begin-behind-others", "a proposal has its place though others' are before it",
+             [(Replica, "begin", _begin_behind_others)], frozenset({"begun-outcome"}), mix=_WRITERS),
+    Sabotage("begun-unseen", "readers elsewhere are answered without what has begun",
+             [(Replica, "_begun_index", property(lambda self: 0))], frozenset({"begun-unseen"})),
     Sabotage("propose-again-at-once", "a retry under a new leader, though the first try may yet be applied",
              [(Replica, "receive", _propose_again_at_once)],
              frozenset({"answers", "violation", "assertion"})),

@@ -4,15 +4,18 @@ Each is a call into a process (`Process.do`), and gives its answer to a callback
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from aspenfs.cluster.types import Entry, EntryKind
 from aspenfs.errors import AspenError, NoSpace
 from aspenfs.kv import commands
 from aspenfs.kv.commands import Command
 from aspenfs.kv.engine import Engine
+from aspenfs.kv.types import TxnResult
 from aspenfs.sim.process import Process
 from aspenfs.sim.scheduler import MS
+
+_BEGIN: Final = 0.3  # of the transactions that are not to be repeated
 
 Done = Callable[[object], object]
 Look = Callable[[Engine], Any]
@@ -23,9 +26,35 @@ def submit(process: Process, command: Command, done: Done) -> None:
     encoded = commands.encode(command)
     if process.replica.alone:
         _accept(process, command, encoded, done)
-    else:
+    elif command.dedup is not None or not _begin(process, command, encoded, done):
         process.replica.propose(encoded, (command, None), done, repeatable=command.dedup is not None)
         process.replica.pump()
+
+
+def _begin(process: Process, command: Command, encoded: bytes, done: Done) -> bool:
+    """As a new file is made: it has its place now, and is carried out a little later."""
+    replica, rng, invariants = process.replica, process.machine.rng, process.invariants
+    if rng.random() >= _BEGIN or command.kind != commands.TXN:
+        return False
+    # What this node itself has under way may change what the compares find.
+    quiet = not replica.proposed_bytes
+    foreseen = process.engine.prepare(command)[1].result if quiet else None
+    succeeds = foreseen.succeeded if isinstance(foreseen, TxnResult) else None
+    number = invariants.begins(process.node, process.raft.term, succeeds)
+
+    def ended(result: object) -> None:
+        if isinstance(result, TxnResult):
+            term = process.term_at(result.revision)
+            invariants.begun_applied(number, result.revision, term, result.succeeded)
+        else:
+            invariants.begun_lost(number)
+        done(result)
+
+    if not replica.begin(encoded, (command, None), ended):
+        invariants.begun_lost(number)
+        return False
+    process.scheduler.after(rng.randrange(5 * MS), lambda: process.do(replica.pump), "begun")
+    return True
 
 
 def _accept(process: Process, command: Command, encoded: bytes, done: Done) -> None:
@@ -56,11 +85,11 @@ def read(
 ) -> None:
     """`look` at a state that has all that was committed before the call; `done` gets what it saw and the
     revision of it, `failed` nothing, when there is no quorum."""
-    at_call = process.invariants.acknowledged
+    at_call, begun = process.invariants.acknowledged, process.invariants.reads()
     replica, engine, rng = process.replica, process.engine, process.machine.rng
 
     def answer(how: str, seen: Any, revision: int) -> None:
-        process.invariants.may_read(process.node, revision, at_call, how)
+        process.invariants.may_read(process.node, revision, at_call, how, begun)
         process.when_committed(revision, lambda: done(seen, revision))
 
     def indexed(result: object) -> None:

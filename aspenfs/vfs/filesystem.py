@@ -104,6 +104,7 @@ class FileSystem:
         for tree in trees:
             tree.is_known = partial(self._knows, self.numbers[id(tree)])  # type: ignore[method-assign]
             tree.displaced = partial(self._displaced, tree)  # type: ignore[method-assign]
+            tree.misnamed = partial(self._misnamed, tree)  # type: ignore[method-assign]
             tree.fresh = self.coherence.barrier  # type: ignore[method-assign]
 
     def _knows(self, base: int, node: int) -> bool:
@@ -111,6 +112,9 @@ class FileSystem:
 
     def _displaced(self, tree: Tree, node: int) -> None:
         self.coherence.touched(self.ino_of(tree, node), True)
+
+    def _misnamed(self, tree: Tree, parent: int, name: bytes) -> None:
+        self.coherence.renamed(self.ino_of(tree, parent), name, None)
 
     def knows(self, ino: int) -> bool:
         """Whether the kernel may hold anything about an inode. The root it knows without having asked."""
@@ -371,6 +375,7 @@ class FileSystem:
     async def names(self, ino: int, position: int, limit: int) -> Sequence[tuple[bytes, int]]:
         """Up to `limit` names behind `position`, without . and .., see `Listings.after`."""
         tree, node = self.locate(ino)
+        await tree.settled(node)
         return await self.listings.after(tree, node, position, limit)
 
     def ended(self, ino: int, position: int) -> bool:

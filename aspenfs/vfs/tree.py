@@ -153,10 +153,16 @@ class Tree:
     def displaced(self, node: int) -> None:
         """What the kernel has of the bytes of a file is not what is stored: it should drop it."""
 
+    def misnamed(self, parent: int, name: bytes) -> None:
+        """What the kernel believes that a name means is not so: it should look it up again."""
+
     async def fresh(self) -> None:
         """Returns when reads here show all that was committed anywhere before the call."""
 
     # --- being sure ---
+    async def settled(self, node: int) -> None:
+        """Before a directory is listed: what has been made in it here is there."""
+
     def names_it(self, parent: int, name: bytes, node: int) -> bool:
         """Whether a name means this node now. Asked on several nodes, where it may have changed since our
         own transaction made it so."""

@@ -16,6 +16,7 @@ from typing import Any, Final
 from aspenfs import errors
 from aspenfs.filesystem import layout
 from aspenfs.filesystem.attributes import AttributeOperations
+from aspenfs.filesystem.births import Births
 from aspenfs.filesystem.content import Content
 from aspenfs.filesystem.namespace import Namespace, Removed
 from aspenfs.filesystem.orphans import Orphans
@@ -38,6 +39,9 @@ from aspenfs.views.files_open import OpenInode
 DAY_NS: Final = 24 * 3600 * 10**9
 INODES_MAX: Final = (1 << 48) - 1
 SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
+# A new file that is opened so is committed before open(2) returns: as a lock it must be nobody else's, its
+# end must be known, each write must be durable.
+NOT_BEGUN: Final = os.O_EXCL | os.O_APPEND | os.O_SYNC | os.O_DSYNC
 
 
 _NO_NAME: Final = layout.I64(0)  # how the value of an inode begins when its nlink is 0
@@ -70,6 +74,9 @@ class FilesTree(Tree):
         self.names = Namespace(volume, self.content, self.is_open, lambda node: self.is_known(node))
         self.orphans = Orphans(volume, self.content, self.is_open, lambda node: self.is_known(node))
         self.attributes = AttributeOperations(volume)
+        self.births = Births(volume, self.names, self._not_born)
+        self.writer.births = self.births
+        self.begins_files = True  # a new file may be committed when it is closed
         self.open_counts: dict[int, int] = {}
         self.ghosts: dict[int, Attr] = {}  # no row any more, but the kernel may still ask
         self.atimes: dict[int, int] = {}
@@ -82,7 +89,16 @@ class FilesTree(Tree):
 
     # --- reading ---
 
+    async def settled(self, node: int) -> None:
+        if self.births.children:
+            await self.births.settled(node)
+
+    async def _named(self, parent: int, name: bytes) -> None:
+        if self.births.children:
+            await self.births.named(parent, name)
+
     async def lookup(self, parent: int, name: bytes) -> Attr:
+        await self._named(parent, name)
         node, _ = self.names.find(parent, name)
         settled = 0
         while node in self.writes.files and node != settled:
@@ -92,11 +108,14 @@ class FilesTree(Tree):
         return self._attr(node)
 
     async def getattr(self, node: int) -> Attr:
+        await self.settled(node)
         if self.writes.files:
             await self.writes.settled(node)
         return self._attr(node)
 
     def names_it(self, parent: int, name: bytes, node: int) -> bool:
+        if self.births.names_it(parent, name, node):
+            return True
         row = self.store.get(layout.dirent_key(parent, name))
         return row is not None and layout.DIRENT.unpack(row.value)[0] == node
 
@@ -127,6 +146,7 @@ class FilesTree(Tree):
 
     async def open(self, node: int, flags: int, caller: Caller) -> OpenFile:
         """Stale when a rename or unlink came between the kernel's lookup and this: it looks up again."""
+        await self.settled(node)
         handle = self._handle(node, flags)  # first: who removes its last name from now on leaves an orphan
         try:
             record = self.store.get(layout.INODE_PREFIX + node.to_bytes(8, "big"))
@@ -205,6 +225,7 @@ class FilesTree(Tree):
             self.ghosts[node] = ghost = _changed(ghost, wanted, self.volume.now())
             return ghost
         mode, uid, gid, size, atime, mtime, ctime = wanted
+        await self.settled(node)
         if self.writes.files:
             await self.writes.settled(node)
         inode = None
@@ -247,11 +268,20 @@ class FilesTree(Tree):
         node = await self.volume.new_id()
         handle = self._handle(node, flags)  # first: others may remove it as soon as it is there
         try:
+            if self.begins_files and self.writes.returns_early and not flags & NOT_BEGUN:
+                begun = self.births.begin(parent, name, mode, caller.uid, caller.gid, node)
+                if begun is not None:
+                    return to_attr(node, begun), handle
             _, inode = await self.names.make(parent, name, mode, caller.uid, caller.gid, node=node)
         except BaseException:
             self.released(node)
             raise
         return self._now(node, inode), handle
+
+    def _not_born(self, node: int, parent: int, name: bytes, error: errors.AspenError) -> None:
+        """The kernel believes in a file that is not there: who has it open is told, and the kernel too."""
+        self.writes.failed(node, error)
+        self.misnamed(parent, name)
 
     async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Attr:
         return self._now(*await self.names.make(parent, name, mode, caller.uid, caller.gid, rdev))
@@ -265,6 +295,7 @@ class FilesTree(Tree):
         return self._now(*await self.names.make(parent, name, mode, caller.uid, caller.gid, 0, target))
 
     async def link(self, node: int, parent: int, name: bytes) -> Attr:
+        await self.settled(node)
         return self._now(node, await self.names.link(node, parent, name))
 
     def _now(self, node: int, inode: layout.Inode) -> Attr:
@@ -277,12 +308,16 @@ class FilesTree(Tree):
         return self._attr(node)
 
     async def unlink(self, parent: int, name: bytes) -> None:
+        await self._named(parent, name)
         self._removed(await self.names.unlink(parent, name))
 
     async def rmdir(self, parent: int, name: bytes) -> None:
+        await self._named(parent, name)
         self._removed(await self.names.rmdir(parent, name))
 
     async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> None:
+        await self._named(parent, name)
+        await self._named(new_parent, new_name)
         removed = await self.names.rename(parent, name, new_parent, new_name, flags)
         if removed is not None:
             self._removed(removed)
@@ -313,20 +348,27 @@ class FilesTree(Tree):
     # --- extended attributes ---
 
     async def getxattr(self, node: int, name: bytes) -> bytes:
+        if self.births.has_no_attributes(node):  # the kernel asks for security.capability at each write
+            raise errors.NoAttribute(name)
+        await self.settled(node)
         return self.attributes.get(node, name)
 
     async def listxattr(self, node: int) -> Sequence[bytes]:
+        await self.settled(node)
         return self.attributes.list(node)
 
     async def setxattr(self, node: int, name: bytes, value: bytes) -> None:
+        await self.settled(node)
         await self.attributes.set(node, name, value)
 
     async def removexattr(self, node: int, name: bytes) -> None:
+        await self.settled(node)
         await self.attributes.remove(node, name)
 
     # --- life ---
 
     async def sync(self) -> None:
+        await self.births.all_settled()
         await self.flush_atimes()
         await self.store.committed()
 

@@ -26,8 +26,7 @@ class OpenInode(OpenFile):
 
     async def read(self, offset: int, size: int) -> bytes:
         tree = self.tree
-        if tree.writes.files:
-            await tree.writes.settled(self.node)
+        await self._settled()
         try:
             inode = tree.volume.inode(self.node)
             try:
@@ -64,9 +63,15 @@ class OpenInode(OpenFile):
             self.failures = count
             raise error.with_traceback(None)
 
+    async def _settled(self) -> None:
+        """Returns when what was written is committed or given up, and the file itself."""
+        tree = self.tree
+        if tree.writes.files:
+            await tree.writes.settled(self.node)
+        await tree.settled(self.node)
+
     async def flush(self) -> None:
-        if self.tree.writes.files:
-            await self.tree.writes.settled(self.node)
+        await self._settled()
         self._tell_failure()
 
     async def sync(self, data_only: bool) -> None:
@@ -74,6 +79,5 @@ class OpenInode(OpenFile):
         await self.tree.store.committed()
 
     async def release(self) -> None:
-        if self.tree.writes.files:
-            await self.tree.writes.settled(self.node)
+        await self._settled()
         self.tree.released(self.node)

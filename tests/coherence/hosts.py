@@ -58,6 +58,39 @@ class Entry(NamedTuple):
     origin: object
 
 
+class HostBegun:
+    """A `kv.store.Begun`: entry `index`, unless the leader was deposed meanwhile (`Hosts.depose`)."""
+
+    def __init__(self, store: "HostStore", index: int) -> None:
+        self.store, self.index = store, index
+        self.hurried = False
+        self.lost: Command | None = None  # and is to be proposed again
+        self.origin: object = None
+
+    def hurry(self) -> None:
+        self.hurried = True
+
+    async def outcome(self) -> TxnResult:
+        store = self.store
+        while self.lost is None:
+            if store.revision >= self.index:
+                result = store.outcomes.pop(self.index).result
+                break
+            moved = store._moved
+            with trio.move_on_after(TIMEOUT_S) as waited:
+                await moved.wait()
+            if waited.cancelled_caught:
+                raise errors.NoQuorum("the entry did not come back in time")
+        else:
+            while store.paused:  # noqa: ASYNC110 – virtual time costs nothing
+                await trio.sleep(0.0005)
+            result = await store._run(self.lost, self.origin)
+        if isinstance(result, errors.AspenError):
+            raise result
+        assert isinstance(result, TxnResult)
+        return result
+
+
 class HostStore:
     """The Store port on one host. `delay` gives how long an entry takes to get here, in virtual seconds."""
 
@@ -69,6 +102,8 @@ class HostStore:
         self.outcomes: dict[int, Outcome] = {}  # of entries that somebody here waits for
         self.paused = False  # applies nothing: a slow host
         self.cut = False  # and reaches nobody: a partition
+        self.leads = False
+        self.begun: list[HostBegun] = []
         self._moved = trio.Event()
 
     @property
@@ -146,6 +181,37 @@ class HostStore:
         result = await self._run(command, origin)
         assert isinstance(result, TxnResult)
         return result
+
+    def begin(
+        self, compares: Sequence[Compare], then: Sequence[Operation], *, origin: object = None
+    ) -> HostBegun | None:
+        log = self.hosts.log
+        under_way = log[self.revision :]
+        if not self.leads or self.cut or any(entry.proposer != self.node_id for entry in under_way):
+            return None
+        _, encoded = self.engine.txn_command(compares, then)
+        log.append(Entry(commands.decode(encoded), self.node_id, origin))
+        index = len(log)
+        self.outcomes[index] = Outcome(None, (), ())
+        begun = HostBegun(self, index)
+        self.begun.append(begun)
+        self.hosts.tell()
+        return begun
+
+    def depose(self) -> None:
+        """Another leader knows nothing of what is in the log and nowhere applied: it is proposed again."""
+        log = self.hosts.log
+        applied = max(host.store.revision for host in self.hosts.hosts)
+        for begun in self.begun:
+            if begun.index > applied:
+                entry = log[begun.index - 1]
+                begun.lost, begun.origin = entry.command, entry.origin
+                self.outcomes.pop(begun.index, None)
+        assert all(entry.proposer == self.node_id for entry in log[applied:])
+        del log[applied:]
+        self.leads = False
+        self._moved.set()
+        self._moved = trio.Event()
 
     async def _run(self, command: Command, origin: object = None) -> Any:
         command = commands.decode(commands.encode(command))  # what travels is bytes

@@ -28,6 +28,9 @@ class Way:
     def send(self, to: int, message: Message) -> None:
         self.cluster.carry(self.node, to, message)
 
+    def flush(self) -> None:
+        pass
+
     def connected(self) -> Set[int]:
         return frozenset(self.cluster.stores) - {self.node}
 

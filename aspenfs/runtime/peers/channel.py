@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 _JOIN_BYTES: Final = 64 * 1024  # smaller pieces are copied together, for fewer records
 _FAREWELL_S: Final = 1
 _MESSAGE_OVERHEAD: Final = 16
+_NOW_BYTES_MAX: Final = 16 * 1024  # that a socket surely takes, and one record holds
 
 
 @contextmanager
@@ -52,6 +53,7 @@ class Channel:
         self._frames: deque[Parts] = deque()
         self._messages: deque[bytes] = deque()
         self._filled, self._drained = trio.Event(), trio.Event()
+        self._writing = False  # the task that writes is at it
         self._scope = trio.CancelScope()
         self._farewell = b""
         self.nursery: trio.Nursery | None = None  # for what belongs to this connection; ends with it
@@ -66,9 +68,26 @@ class Channel:
 
     def push_message(self, packed: bytes) -> None:
         assert len(packed) + _MESSAGE_OVERHEAD <= PEER_FRAME_BYTES_MAX
+        """To be followed by `flush`."""
         self._messages.append(packed)
         self.queued_bytes += len(packed)
-        self._filled.set()
+
+    def flush(self) -> None:
+        """Sends the messages that wait at once, if nothing else is under way: waking the task that writes
+        would cost each of them a turn of the loop."""
+        if not self._messages:
+            return
+        if self._writing or self._frames or self.queued_bytes > _NOW_BYTES_MAX or self.nursery is None:
+            self._filled.set()
+            return
+        parts, size = self._take()
+        try:
+            if not self.stream.send_now(parts[0]):
+                self._filled.set()
+        except Broken as error:
+            self.end(str(error))
+        self.queued_bytes -= size
+        self._drained.set()
 
     async def drained_to(self, queued_bytes: int) -> None:
         """Waits until no more than that waits to be sent."""
@@ -79,10 +98,11 @@ class Channel:
 
     async def _write(self) -> None:
         while True:
-            if not self._frames and not self._messages:
+            if not self._frames and not self._messages and not self.stream.flushing:
                 self._emptied()
-                self._filled = trio.Event()
+                self._filled, self._writing = trio.Event(), False
                 await self._filled.wait()
+                self._writing = True
             parts, size = self._take()
             await self.stream.send(parts)
             self.queued_bytes -= size

@@ -25,6 +25,7 @@ from aspenfs.limits import PEER_SMALL_REQUEST_BYTES
 from aspenfs.runtime.peers import addresses, frames
 from aspenfs.runtime.peers.addresses import Address
 from aspenfs.runtime.peers.ca import NodeName
+from aspenfs.runtime.peers.channel import Channel
 from aspenfs.runtime.peers.credentials import Credentials
 from aspenfs.runtime.peers.frames import Hello, LinkKind, Welcome
 from aspenfs.runtime.peers.links import Link
@@ -91,6 +92,8 @@ class PeerNetwork:
         self.node_id = credentials.name.node_id
         self.deliver = deliver
         self.handlers: dict[str, Handler] = {}
+        self.gathers = False  # who sends calls `flush` after it
+        self._gathered: dict[int, Channel] = {}  # with messages that wait for it
         self.strangers: Strangers | None = None  # answers those without a certificate (`admission.py`)
         self.ports: list[int] = []  # listened on, while `run` runs
         self._incarnation, self._clock = incarnation, clock
@@ -114,10 +117,22 @@ class PeerNetwork:
     # --- the port ---
 
     def send(self, to: int, message: Message) -> None:
-        """Raft messages: in order while connected; may be lost, never blocks."""
+        """Raft messages: in order while connected; may be lost, never blocks. With `gathers` they wait for
+        `flush`."""
         link = self._links.get((to, LinkKind.MESSAGES))
         if link is None or link.channel is None or not link.push_message(frames.pack(message)):
             self._report_lost(to)
+        elif self.gathers:
+            self._gathered[to] = link.channel
+        else:
+            link.channel.flush()
+
+    def flush(self) -> None:
+        """What was sent since the last time leaves: that to one peer as one record, by one system call."""
+        if self._gathered:
+            for channel in self._gathered.values():
+                channel.flush()
+            self._gathered.clear()
 
     async def request(self, to: int, kind: str, body: Any, *, timeout_s: float) -> Any:
         """What the handler of `kind` at `to` returns, or the AspenError that it raises; arrays are tuples.

@@ -48,6 +48,7 @@ class TlsStream:
         self._closed = False
         self._broken: Broken | None = None  # how what comes in ended
         self.flushing = False  # a record may have been sent in part; for ever, if a sender was cancelled
+        self._left = b""  # of what `send_now` began to send
         self.bytes_sent = self.bytes_received = 0  # encrypted
         self.received_at = trio.current_time()  # when bytes last came in
 
@@ -97,12 +98,31 @@ class TlsStream:
                     waiting = 0
         await self._flush()
 
+    def send_now(self, data: bytes) -> bool:
+        """Encrypts and sends as much as the socket takes without waiting, while nobody is in `send`. False if
+        something is left: the next `send`, even of nothing, goes on with it. Broken."""
+        try:
+            self._tls.write(data)
+            encrypted = self._left + self._outgoing.read()
+            self.bytes_sent += len(encrypted) - len(self._left)
+            sent = self.socket.send(encrypted)
+        except BlockingIOError:
+            sent = 0
+        except ssl.SSLError as error:
+            raise Broken(_cause(error)) from None
+        except OSError as error:
+            raise Broken(_cause(error)) from None
+        self._left = encrypted[sent:]
+        self.flushing = bool(self._left)
+        return not self._left
+
     async def _flush(self) -> None:
+        left, self._left = self._left, b""
         data = self._outgoing.read()
-        if not data:
+        self.bytes_sent += len(data)
+        view = memoryview(left + data if left else data)
+        if not view:
             return
-        view = memoryview(data)
-        self.bytes_sent += len(view)
         self.flushing = True
         while view:
             try:

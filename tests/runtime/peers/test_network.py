@@ -42,8 +42,10 @@ async def test_messages_arrive_in_order_and_many_in_one_frame(tmp_path: Path) ->
     one, two = make_nodes(tmp_path, 2)
     async with running(one, two):
         sent = [message(2, 1, commit=number) for number in range(1000)]
+        one.network.gathers = True
         for each in sent:
             one.network.send(2, each)
+        one.network.flush()
         await until(lambda: len(two.received) == len(sent))
         assert two.received == [(1, each) for each in sent]
         assert len(two.batches) < 10

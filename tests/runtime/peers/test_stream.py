@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from aspenfs.errors import ProtocolError
 from aspenfs.limits import PEER_FRAME_BYTES_MAX
