@@ -1,5 +1,7 @@
 """Clocks of voters: what two readings prove, when leases are given up, and when they are used again."""
 
+import itertools
+
 import pytest
 
 from aspenfs.cluster.clock_rates import ClockRates, Rate, Reading, rate_between
@@ -27,7 +29,7 @@ class World:
         self.shows_ns = dict.fromkeys(voters, 123 * SECOND)
         self.lives = dict.fromkeys(voters, 1)
         self.rates = ClockRates(self.boot_ns, lambda: self.awake_ns)
-        self.rates.keep(voters)
+        self.voters = voters
 
     def boot_ns(self) -> int:
         return self.awake_ns + self.slept_ns
@@ -56,6 +58,7 @@ class World:
         """After the usual time."""
         self.by(CLOCK_SAMPLE_S * SECOND)
         self.rates.look()
+        self.rates.keep(self.voters)
         self.rates.sampled(node, self.lives[node], [self.read(node, there_ns, back_ns)])
 
     def looks(self, count: int, node: int = PEER) -> None:
@@ -143,6 +146,7 @@ def test_a_stop_in_the_middle_of_a_reading_makes_nobody_doubt(world: World) -> N
 
 def test_of_several_readings_the_quickest_counts(world: World) -> None:
     world.gains_ppm[PEER] = BAD_PPM
+    world.rates.keep(world.voters)
     for _ in range(2):
         world.by(CLOCK_SAMPLE_S * SECOND)
         readings = [world.read(PEER, SECOND, 0), world.read(PEER, 0, MS // 10), world.read(PEER, 0, SECOND)]
@@ -189,11 +193,12 @@ def test_one_doubted_voter_is_enough(world: World) -> None:
 def test_who_is_no_voter_any_more_does_not_matter(world: World) -> None:
     world.gains_ppm[PEER] = BAD_PPM
     world.looks(2)
-    world.rates.keep([OTHER])
+    assert not world.allowed()
+    world.voters = (OTHER,)
+    world.looks(3)
     assert world.allowed()
-    world.looks(2)  # of one who is not asked for
-    assert world.allowed()
-    world.rates.keep([OTHER, PEER])
+    world.voters = (OTHER, PEER)
+    world.look()
     assert world.allowed()  # nothing is remembered
 
 
@@ -286,12 +291,13 @@ def test_the_others_are_not_blamed_for_a_sleep_that_was_counted_wrongly(world: W
     assert not world.allowed()
 
 
-def test_clocks_that_are_read_one_after_the_other_are_no_sleep() -> None:
-    """The process is stopped between two readings of its own clocks."""
-    now = [0]
+@pytest.mark.parametrize("gaps_ms", [(40,), (40, 0), (0, 40), (40, 40, 0, 0, 0), (0, 0, 0, 40, 0)])
+def test_clocks_that_are_read_one_after_the_other_are_no_sleep(gaps_ms: tuple[int, ...]) -> None:
+    """The process is stopped between two readings of its own clocks, again and again."""
+    now, gaps = [0], itertools.cycle(gaps_ms)
 
     def read() -> int:
-        now[0] += 40 * MS
+        now[0] += next(gaps) * MS
         return now[0]
 
     rates = ClockRates(read, read)
