@@ -11,7 +11,7 @@ from tests.sim.scenario import Scenario, value
 
 FOUND_MS = 10 * CLOCK_SAMPLE_S * 1_000
 CLEAN_MS = 3 * CLOCK_CLEAN_S * 1_000
-BAD_PPM = 2 * CLOCK_DRIFT_PPM_MAX
+BAD_PPM = CLOCK_DRIFT_PPM_MAX
 
 
 @pytest.fixture
