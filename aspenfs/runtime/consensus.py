@@ -101,6 +101,7 @@ class Consensus:
         self._awake = False
         self.snapshot_wanted: Callable[[Snapshot, int], object] = _no_snapshots
         self.configuration_changed: list[Callable[[Configuration], object]] = []
+        self._sync_due = False  # at the end of this turn
         self._reminder = trio.Event()
         self.run_inline = True  # no task pumps: whoever wakes does
 
@@ -168,7 +169,11 @@ class Consensus:
         except Exception as error:
             self._failed(error)
             return
+        # First to the others: their disks are further away than ours.
         self.network.flush()
+        if self._sync_due:
+            self._sync_due = False
+            self._syncer.request()
 
     def receive(self, sender: int, messages: Sequence[Message]) -> None:
         """From `sender`, which the link has proved. What it says in another's name is dropped."""
@@ -266,7 +271,7 @@ class Consensus:
     def request_sync(self) -> None:
         if self.run_inline:
             return  # who runs no threads syncs by hand
-        self._syncer.request()
+        self._sync_due = True
 
     def send(self, to: int, message: Message) -> None:
         self.network.send(to, message)
