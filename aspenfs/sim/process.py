@@ -283,6 +283,9 @@ class Process(Consensus):
             self.machine.thread.begin(self.wal.sync)
             self._sync_goes_on(self._sync_number, self.ticket)
 
+    def request_sync(self) -> None:
+        self.request()
+
     def remind(self) -> None:
         self.scheduler.after(NOTICE_MS * MS, lambda: self.do(self.replica.reminded), "remind")
 
