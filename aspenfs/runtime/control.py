@@ -133,11 +133,30 @@ class _Connection:
         self.client, self.uid = client, uid
         self._stream, self._frames, self._commands = stream, frames, commands
         self._running: dict[int, trio.CancelScope] = {}
-        # A queue, so that a request cancelled while it sends never leaves half a frame behind.
+        # A queue, so that a request cancelled while it sends never leaves half a frame behind. Only what the
+        # socket does not take at once goes there.
         self._outbox, self._outgoing = trio.open_memory_channel[bytes](_OUTBOX_FRAMES)
+        self._waiting = 0  # frames that are there, or on their way there or from there
 
     async def send(self, message: Mapping[str, Any]) -> None:
-        await self._outbox.send(protocol.encode(message))
+        frame = protocol.encode(message)
+        if not self._waiting:
+            try:
+                sent = os.write(self._stream.socket.fileno(), frame)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                return  # the client went away: the task that reads finds that out
+            if sent < len(frame):
+                self._waiting = 1
+                self._outbox.send_nowait(frame[sent:])
+            return
+        self._waiting += 1
+        try:
+            await self._outbox.send(frame)
+        except BaseException:
+            self._waiting -= 1
+            raise
 
     async def run(self) -> None:
         """Until the client leaves or breaks the protocol (ProtocolError); what still ran is cancelled."""
@@ -158,6 +177,7 @@ class _Connection:
         try:
             async for frame in self._outgoing:
                 await self._stream.send_all(frame)
+                self._waiting -= 1
         except trio.BrokenResourceError:
             connection.cancel()
 
@@ -181,6 +201,7 @@ class _Connection:
     async def _run(self, request: protocol.Request, accepted: trio.Event) -> None:
         async def send_item(value: Any) -> None:
             await self.send({"id": request.id, "item": value})
+            await trio.lowlevel.checkpoint()  # others get their turn between two pages
 
         error: errors.AspenError | None = None
         result: Any = None

@@ -83,8 +83,10 @@ class Members:
         consensus.configuration_changed.append(lambda _: self._tell())
 
     def _observe(self, revision: int, events: Sequence[Event], origin: object) -> None:
-        if any(event.key.startswith(PREFIX) for event in events):
-            self._tell()
+        for event in events:
+            if event[0].startswith(PREFIX):
+                self._tell()
+                return
 
     def _tell(self) -> None:
         for tell in self.changed:
