@@ -9,6 +9,7 @@ import os
 import signal
 import stat
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -238,7 +239,8 @@ class Files:
 
     def make(self) -> None:
         os.mkdir(self.root)
-        for number in track(range(self.size), f"making {self.size:,} files", transient=True):
+        quiet = not sys.stdout.isatty()
+        for number in track(range(self.size), f"making {self.size:,} files", transient=True, disable=quiet):
             if number % PER_DIRECTORY == 0:
                 os.mkdir(self.directory(number))
             if number % WRITTEN == 0:
@@ -270,13 +272,17 @@ class Files:
 
 def create(path: str, sync: bool = False) -> None:
     descriptor = os.open(path, CREATE, 0o644)
-    os.write(descriptor, KIB)
-    if sync:
-        os.fsync(descriptor)
-    os.close(descriptor)
+    try:
+        os.write(descriptor, KIB)
+        if sync:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)  # one that an interruption left open would keep the mount
 
 
 def read(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY)
-    os.read(descriptor, len(KIB))
-    os.close(descriptor)
+    try:
+        os.read(descriptor, len(KIB))
+    finally:
+        os.close(descriptor)
