@@ -21,7 +21,8 @@ from aspenfs import errors
 from aspenfs.cluster.membership import read_configuration
 from aspenfs.cluster.messages import Message
 from aspenfs.cluster.raft import Raft
-from aspenfs.cluster.replica import HEADER, Done, Replica
+from aspenfs.cluster.replica import Replica
+from aspenfs.cluster.replica_base import HEADER, Done
 from aspenfs.cluster.types import Configuration, Entry, EntryKind, HardState, Role, Snapshot
 from aspenfs.kv import commands
 from aspenfs.kv.commands import Command

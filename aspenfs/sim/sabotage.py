@@ -13,8 +13,12 @@ from aspenfs.cluster import core, election, leading, replication
 from aspenfs.cluster.clock_rates import ClockRates
 from aspenfs.cluster.log import RaftLog
 from aspenfs.cluster.messages import Message
+from aspenfs.cluster.proposing import Proposing
 from aspenfs.cluster.raft import Raft
-from aspenfs.cluster.replica import Done, Replica
+from aspenfs.cluster.reading import Reading
+from aspenfs.cluster.replica import Replica
+from aspenfs.cluster.replica_base import Done
+from aspenfs.cluster.taking import Taking
 from aspenfs.cluster.types import Entry, EntryKind, HardState, Ready, Role
 from aspenfs.kv import once
 from aspenfs.kv.watch import Hub
@@ -264,8 +268,8 @@ _right_propose_configuration = leading.Leading.propose_configuration
 _right_append_alone = leading.Leading.append_alone
 _right_transfer = leading.Leading.transfer_leader
 _right_receive = Replica.receive
-_right_take_proposals = Replica._take_proposals
-_right_begin = Replica.begin
+_right_take_proposals = Taking._take_proposals
+_right_begin = Proposing.begin
 _right_meta_at = Consensus.meta_at
 _right_apply = Consensus.apply
 _right_publish = Hub.publish
@@ -316,25 +320,25 @@ _ALL: Final = (
              [(leading.Leading, "transfer_leader", _transfer_keeps_lease)],
              frozenset({"lease-conflict", "stale-read"}), kinds=("transfer", "partition", "slow", "pause")),
     Sabotage("stale-leader-reads", "who believes to lead reads without asking (etcd 0.4, Consul 2014)",
-             [(Replica, "read_now", _any_leader_reads)], frozenset({"stale-read"})),
-    Sabotage("no-barrier", "everybody reads what is there", [(Replica, "read_now", _anybody_reads)],
+             [(Reading, "read_now", _any_leader_reads)], frozenset({"stale-read"})),
+    Sabotage("no-barrier", "everybody reads what is there", [(Reading, "read_now", _anybody_reads)],
              frozenset({"stale-read"})),
     Sabotage("lease-too-long", "the lease outlives the promise that it rests on",
-             [(Replica, "_has_lease", _lease_too_long)], frozenset({"lease-conflict", "stale-read"}),
+             [(Reading, "_has_lease", _lease_too_long)], frozenset({"lease-conflict", "stale-read"}),
              kinds=("partition", "pause", "transfer")),
     Sabotage("clock-beyond-bound", "clocks run at half or more than their speed, and nobody looks",
              [(machine, "DRIFT_PPM_MAX", 500_000), (ClockRates, "leases_allowed", _any_clock_will_do)],
              frozenset({"lease-conflict", "stale-read"}),
              kinds=("partition",), gap_ns=900 * MS, steps=10_000, mix=_READERS),
     Sabotage("begin-behind-others", "a proposal has its place though others' are before it",
-             [(Replica, "begin", _begin_behind_others)], frozenset({"begun-outcome"}), mix=_WRITERS),
+             [(Proposing, "begin", _begin_behind_others)], frozenset({"begun-outcome"}), mix=_WRITERS),
     Sabotage("begun-unseen", "readers elsewhere are answered without what has begun",
-             [(Replica, "_begun_index", property(lambda self: 0))], frozenset({"begun-unseen"})),
+             [(Taking, "_begun_index", property(lambda self: 0))], frozenset({"begun-unseen"})),
     Sabotage("propose-again-at-once", "a retry under a new leader, though the first try may yet be applied",
              [(Replica, "receive", _propose_again_at_once)],
              frozenset({"answers", "violation", "assertion"})),
     Sabotage("take-repetitions", "the leader takes a proposal as often as it comes",
-             [(Replica, "_take_proposals", _take_repetitions)], frozenset({"answers", "violation"}),
+             [(Taking, "_take_proposals", _take_repetitions)], frozenset({"answers", "violation"}),
              kinds=("lossy", "slow", "pause")),
     Sabotage("no-dedup", "a client's retry is applied again",
              [(once, "first_result", lambda *_: None)], frozenset({"answers", "violation"})),

@@ -109,7 +109,7 @@ def test_without_majority_calls_fail_after_a_bounded_time_and_stale_reads_go_on(
         async with store_cluster(tmp_path) as cluster:
             store = followers(cluster)[0]
             await store.txn([], [put(b"k/a", b"1")])
-            store._replica._timeout_ns = 10**9
+            store._replica._settings = store._replica._settings._replace(timeout_ns=10**9)
             cluster.isolate(store.node_id)
             with trio.fail_after(5), pytest.raises(errors.NoQuorum):
                 await store.txn([], [put(b"k/a", b"2")])
