@@ -48,7 +48,7 @@ class ControlServer:
             if method in self.commands:
                 raise ValueError(f"the control method {method!r} is taken")
             self.commands[method] = Command(handler)
-        self.release = release
+        self.release, self._store = release, store
         self._connections = 0
 
     async def serve(
@@ -94,7 +94,7 @@ class ControlServer:
             await stream.send_all(protocol.encode({
                 "hello": protocol.GREETING, "version": hello.version, "release": self.release,
                 "pid": os.getpid()}))
-            await _Connection(stream, frames, self.commands, hello.client, uid).run()
+            await _Connection(stream, frames, self.commands, hello.client, uid, self._store).run()
         except errors.AspenError as error:
             with trio.move_on_after(_FAREWELL_SECONDS):
                 await stream.send_all(protocol.encode({"error": protocol.encode_error(error)}))
@@ -110,7 +110,7 @@ class _Frames:
 
     async def receive(self) -> protocol.Message | None:
         """The next message, None at the end; a cancelled call loses nothing that came in."""
-        buffer = self._buffer
+        buffer, socket = self._buffer, self._stream.socket
         needed = protocol.HEADER_BYTES
         while True:
             if len(buffer) >= needed:
@@ -119,7 +119,13 @@ class _Frames:
                     payload = bytes(buffer[protocol.HEADER_BYTES:needed])
                     del buffer[:needed]
                     return protocol.decode(payload)
-            received = await self._stream.receive_some(_RECEIVE_BYTES)
+            await trio.lowlevel.wait_readable(socket)
+            try:
+                received = os.read(socket.fileno(), _RECEIVE_BYTES)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise trio.BrokenResourceError from error
             if not received:
                 return None
             buffer += received
@@ -129,8 +135,9 @@ class _Connection:
     """A client that was let in. One task reads and starts requests, one writes; each request is a task."""
 
     def __init__(self, stream: trio.SocketStream, frames: _Frames, commands: Mapping[str, Command],
-                 client: bytes, uid: int) -> None:
+                 client: bytes, uid: int, store: Store) -> None:
         self.client, self.uid = client, uid
+        self._store = store
         self._stream, self._frames, self._commands = stream, frames, commands
         self._running: dict[int, trio.CancelScope] = {}
         # A queue, so that a request cancelled while it sends never leaves half a frame behind. Only what the
@@ -194,11 +201,16 @@ class _Connection:
                 overloaded = errors.Overloaded(f"{CONTROL_REQUESTS_MAX} requests are under way here")
                 await self.send({"id": request.id, "error": protocol.encode_error(overloaded)})
                 continue
+            command = self._commands.get(request.method)
+            if command is not None and command.ordered and not self._store.alone:
+                # Among others its place is certain when it is committed: nothing is left to do beside it.
+                await self._run(request, _nothing)
+                continue
             accepted = trio.Event()
-            nursery.start_soon(self._run, request, accepted)
+            nursery.start_soon(self._run, request, accepted.set)
             await accepted.wait()
 
-    async def _run(self, request: protocol.Request, accepted: trio.Event) -> None:
+    async def _run(self, request: protocol.Request, accepted: Callable[[], None]) -> None:
         async def send_item(value: Any) -> None:
             await self.send({"id": request.id, "item": value})
             await trio.lowlevel.checkpoint()  # others get their turn between two pages
@@ -212,8 +224,8 @@ class _Connection:
                 if command is None:
                     raise errors.NotSupported(f"this daemon has no control method {request.method!r}")
                 if not command.ordered:
-                    accepted.set()
-                call = Call(request.params, self.client, self.uid, send_item, accepted.set)
+                    accepted()
+                call = Call(request.params, self.client, self.uid, send_item, accepted)
                 result = await command.handler(call)
             except errors.AspenError as raised:
                 error = raised
@@ -222,7 +234,7 @@ class _Connection:
                 error = errors.RemoteFailure(f"the daemon failed at {request.method}; its log has the cause")
             finally:
                 del self._running[request.id]
-                accepted.set()
+                accepted()
         if scope.cancelled_caught:
             error = errors.Closed("cancelled")
         await self._answer(request, result, error)
@@ -236,6 +248,10 @@ class _Connection:
                 log.exception("control: the result of method=%s cannot be sent", request.method)
                 error = errors.RemoteFailure(f"the result of {request.method} cannot be sent; see its log")
         await self.send({"id": request.id, "error": protocol.encode_error(error)})
+
+
+def _nothing() -> None:
+    """For who does not wait to hear that a request is accepted."""
 
 
 def _peer_uid(stream: trio.SocketStream) -> int:
