@@ -322,7 +322,9 @@ class Cluster:
         for node in self:
             left = seconds - (time.monotonic() - begun)
             name = f"files/.usable-{node.number}"
-            node.sh(f"until echo {begun} > {name}; do sleep 0.1; done 2>/dev/null", timeout_s=max(left, 0.1))
+            # Not by a redirection of the shell, which does not look at what close(2) returns.
+            write = f"echo {begun} | dd of={name} conv=fsync status=none"
+            node.sh(f"until {write}; do sleep 0.1; done 2>/dev/null", timeout_s=max(left, 0.1))
             for other in self:
                 left = seconds - (time.monotonic() - begun)
                 seen = other.sh(f"cat {name}", timeout_s=max(left, 0.1))

@@ -1,0 +1,161 @@
+"""New files on the host whose node leads: open before they are committed, and nobody is wronged by it."""
+
+import errno
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from tests.mount.cluster.test_coherence import at_once, holding, python
+from tests.mount.clusters import Cluster, Node
+
+pytestmark = pytest.mark.mount
+EARLY_S = 2.0  # open(2) returned, and others could not have answered
+ATTEMPTS = 5  # at something that must happen while a lease lasts, on a busy machine
+
+
+@pytest.fixture
+def leader(cluster: Cluster) -> Node:
+    """A node that leads and was never alone: its kernel asks at each close."""
+    for _ in range(20):
+        found = cluster.wait_leader()
+        if found.number != 1:
+            return found
+        cluster[2].aspen("leader", "transfer", "n2")
+        time.sleep(0.2)
+    raise AssertionError("leadership does not move")
+
+
+def test_others_see_a_file_that_is_open_and_not_closed(cluster: Cluster, leader: Node) -> None:
+    other = next(node for node in cluster if node is not leader)
+    opening = """
+def steps():
+    for n in range(40):
+        file = os.open(f'open-{n}', os.O_CREAT | os.O_WRONLY)
+        yield n
+        os.close(file)
+"""
+    looking = """
+def steps():
+    for n in range(40):
+        yield os.stat(f'open-{n}').st_nlink
+"""
+    with holding(leader, opening) as opened, holding(other, looking) as looked:
+        for number in range(40):
+            assert opened() == str(number)
+            assert looked() == "1"
+
+
+def test_open_returns_before_others_answer_and_close_does_not(cluster: Cluster, leader: Node) -> None:
+    others = [node for node in cluster if node is not leader]
+    script = """
+def steps():
+    for n in range(100):
+        os.listdir('.')  # a read keeps the leader's lease
+        yield 'ready'
+        begun = time.monotonic()
+        file = os.open(f'early-{n}', os.O_CREAT | os.O_WRONLY)
+        opened = time.monotonic() - begun
+        os.write(file, b'whole')
+        os.close(file)
+        yield f'{opened} {time.monotonic() - begun}'
+"""
+    script = "import time\n" + script
+    for _ in range(ATTEMPTS):
+        with holding(leader, script) as step:
+            assert step() == "ready"
+            for node in others:
+                node.pause()
+            going_on = threading.Timer(2 * EARLY_S, lambda: [node.resume() for node in others])
+            going_on.start()
+            try:
+                opened, closed = map(float, step().split())
+            finally:
+                going_on.join()
+        leader.sh(f"rm {leader.mountpoint}/files/early-0")
+        if opened < EARLY_S:
+            assert closed > EARLY_S
+            return
+    raise AssertionError("open(2) always waited for the others")
+
+
+def test_hosts_that_make_the_same_files_both_succeed(cluster: Cluster, leader: Node) -> None:
+    script = """
+for n in range(60):
+    with open(f'both-{n}', 'wb') as file:
+        file.write(sys.argv[1].encode() * 100)
+print('ok')
+"""
+    done = at_once(*(lambda node=node: python(node, script, str(node.number)) for node in cluster))
+    assert [out.split() for out in done] == [["ok"]] * len(cluster)
+    reading = "print([open(f'both-{n}', 'rb').read() for n in range(60)])"
+    contents = {python(node, reading) for node in cluster}
+    assert len(contents) == 1
+    for data in eval(contents.pop()):
+        assert data in {str(node.number).encode() * 100 for node in cluster}
+
+
+def test_if_another_host_makes_the_name_meanwhile_close_says_so(cluster: Cluster, leader: Node) -> None:
+    other = next(node for node in cluster if node is not leader)
+    script = """
+def steps():
+    n = 0
+    while True:
+        os.listdir('.')
+        yield 'ready'
+        begun = time.monotonic()
+        file = os.open(f'mine-{n}', os.O_CREAT | os.O_WRONLY)
+        opened = time.monotonic() - begun
+        os.write(file, b'mine')
+        yield opened
+        try:
+            os.close(file)
+            yield 0
+        except OSError as error:
+            yield error.errno
+        n += 1
+"""
+    with holding(leader, "import time\n" + script) as step:
+        for attempt in range(ATTEMPTS):
+            assert step() == "ready"
+            cluster.isolate(leader)
+            healing = threading.Timer(6, cluster.mend)  # if it waits after all
+            healing.start()
+            opened = float(step())
+            early = opened < EARLY_S
+            if early:
+                cluster.wait_leader(but=leader)
+                theirs = f"import time\nopen('mine-{attempt}', 'w').write('theirs')"
+                python(other, theirs)
+            healing.join()
+            cluster.wait_usable(20)
+            told = int(step())
+            if early:
+                assert told in (errno.ESTALE, errno.ETIMEDOUT)
+                content = f"print(open('mine-{attempt}').read())"
+                assert {python(node, content).strip() for node in cluster} == {"theirs"}
+                return
+            assert told in (0, errno.ESTALE, errno.ETIMEDOUT)
+    raise AssertionError("open(2) always waited for the others")
+
+
+def test_many_processes_make_files_in_one_directory_and_all_hosts_have_them(
+    cluster: Cluster, leader: Node
+) -> None:
+    leader.sh(f"mkdir {leader.mountpoint}/files/crowd")
+    script = f"""
+import os, sys
+for n in range(50):
+    with open(f'{leader.mountpoint}/files/crowd/{{sys.argv[1]}}-{{n}}', 'w') as file:
+        file.write(sys.argv[1] * n)
+"""
+    place = leader.network.place(leader.number)
+    processes = [
+        subprocess.Popen([*place, sys.executable, "-c", script, str(k)], cwd="/") for k in range(8)
+    ]
+    assert [process.wait(timeout=60) for process in processes] == [0] * 8
+    sizes = "print(sorted((name, os.stat('crowd/' + name).st_size) for name in os.listdir('crowd')))"
+    expected = str(sorted((f"{k}-{n}", n) for k in range(8) for n in range(50)))
+    assert {python(node, sizes).strip() for node in cluster} == {expected}
