@@ -68,7 +68,7 @@ def steps():
             assert step() == "ready"
             for node in others:
                 node.pause()
-            going_on = threading.Timer(2 * EARLY_S, lambda: [node.resume() for node in others])
+            going_on = threading.Timer(2 * EARLY_S, lambda: list(map(Node.resume, others)))
             going_on.start()
             try:
                 opened, closed = map(float, step().split())
