@@ -29,6 +29,7 @@ from aspenfs.limits import (
 )
 
 PAGE_BYTES: Final = 4096  # the kernel's
+_CUT_PAUSES_MAX: Final = 10  # that the rest of a write that the kernel has cut may take to come
 
 
 class _Waiting:
@@ -184,7 +185,9 @@ class WriteBehind:
         failure: errors.AspenError | None = None
         try:
             while file.waiting:
-                if self.returns_early and file.waiting[-1].may_be_cut:
+                for _ in range(_CUT_PAUSES_MAX):
+                    if not self.returns_early or not file.waiting[-1].may_be_cut:
+                        break
                     await tasks.pause()
                 await self._commit(node, file)
         except errors.AspenError as error:

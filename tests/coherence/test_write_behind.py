@@ -337,3 +337,24 @@ def test_writes_that_leave_much_behind_beside_them_take_as_many_transactions_as_
         assert await seen_by(b) == bytes(model)
 
     with_two(test)
+
+
+def test_the_parts_of_an_append_that_the_kernel_has_cut_stay_together() -> None:
+    """The second one may be some ms late on a busy machine; another host appends meanwhile."""
+
+    async def test(hosts: Hosts, a: Host, b: Host) -> None:
+        await a.mounted.create(b"f", b"-" * 4000)
+        await hosts.everywhere()
+        mine = await a.mounted.open(b"f", os.O_RDWR | os.O_APPEND)
+        theirs = await b.mounted.open(b"f", os.O_WRONLY | os.O_APPEND)
+        await mine.write(4000, b"a" * 96, mapped=False)
+        await trio.sleep(0.006)
+        await theirs.write(4000, b"b" * 10)
+        await theirs.flush()
+        await mine.write(4096, b"a" * 30, mapped=False)
+        await mine.flush()
+        await mine.release()
+        await theirs.release()
+        assert (await seen_by(b))[4000:] in (b"a" * 126 + b"b" * 10, b"b" * 10 + b"a" * 126)
+
+    with_two(test)

@@ -235,21 +235,29 @@ def test_a_truncation_is_seen_against_cached_pages(cluster: Cluster) -> None:
     assert python(second, script).split() == ["20000", "True"]
 
 
-def test_appends_at_every_mount_overwrite_nothing(cluster: Cluster) -> None:
+@pytest.mark.parametrize("access", ["O_WRONLY", "O_RDWR"])
+def test_appends_at_every_mount_overwrite_nothing(cluster: Cluster, access: str) -> None:
+    """Whole lines, by who only writes. By who may map the file, some are cut in two (docs/posix.md)."""
+    name = f"appended-{access}"
     script = """
-fd = os.open('appended', os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+name, flags = sys.argv[2], getattr(os, sys.argv[3]) | os.O_APPEND
+fd = os.open(name, os.O_CREAT | flags, 0o644)
 for n in range(100):
     line = f'{sys.argv[1]}.{n}.'.ljust(37 * (n % 5 + 1), 'x') + '\\n'
     assert os.write(fd, line.encode()) == len(line)
     if n % 10 == 0:
         os.close(fd)
-        fd = os.open('appended', os.O_RDWR | os.O_APPEND)
+        fd = os.open(name, flags)
 os.close(fd)
 """
-    at_once(*(lambda n=node: python(n, script, str(n.number)) for node in cluster))
+    at_once(*(lambda n=node: python(n, script, str(n.number), name, access) for node in cluster))
+    lines = [f"{node.number}.{n}.".ljust(37 * (n % 5 + 1), "x") for node in cluster for n in range(100)]
     for node in cluster:
-        lines = node.sh("cut -d. -f1,2 files/appended").split()
-        assert sorted(lines) == sorted(f"{node.number}.{n}" for node in cluster for n in range(100))
+        found = node.sh(f"cat files/{name}")
+        if access == "O_WRONLY":
+            assert sorted(found.splitlines()) == sorted(lines)
+        else:
+            assert sorted(found) == sorted("".join(f"{line}\n" for line in lines))
 
 
 def test_pages_appended_at_two_mounts_by_who_may_map_them(cluster: Cluster) -> None:
