@@ -11,7 +11,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +20,7 @@ from rich.progress import track
 
 from aspenfs.cli.client import Client
 from aspenfs.fuse import mounts
+from tests.mount.mounting import wait_for
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 ASPEN: Final = ROOT / ".venv" / "bin" / "aspen"
@@ -99,30 +100,20 @@ class Node:
         if mounts.find_mount(self.mountpoint) is not None:
             process = subprocess.Popen(["umount", str(self.mountpoint)], stdout=subprocess.DEVNULL,
                                        stderr=subprocess.DEVNULL)  # fmt: skip
-            until(lambda: process.poll() is not None, END_S)
+            wait_for(lambda: process.poll() is not None, END_S)
 
     def end(self) -> None:
         """No process and no mount is left. A daemon that waits for the others, which are gone, is killed."""
         pid = self.pid
-        if pid and not until(lambda: not self.pid, END_S):
+        if pid and not wait_for(lambda: not self.pid, END_S):
             os.kill(pid, signal.SIGKILL)
             mounted = mounts.find_mount(self.mountpoint)
             if mounted is not None:
                 with suppress(OSError):
                     mounts.abort(mounted.minor)
-            until(lambda: not self.pid, END_S)
+            wait_for(lambda: not self.pid, END_S)
         while mounts.find_mount(self.mountpoint) is not None:
             subprocess.run(["umount", "-l", str(self.mountpoint)], check=True)
-
-
-def until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Polls until `condition` holds; False if it does not within `seconds`."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 class Cluster:
@@ -153,7 +144,7 @@ class Cluster:
         self.told["join_s"] = [round(self._join(node), 1) for node in others]
         self.told["snapshots"] = (first.state / "daemon.log").read_text().count("snapshot begins to=")
         self.told["state_mib"] = (first.state / "state" / "data.mdb").stat().st_blocks >> 11
-        if not until(self._in_step, STEP_S):
+        if not wait_for(self._in_step, STEP_S):
             members = first.aspen("member", "list")
             raise Trouble(f"{self.base}: not all nodes are voters and in step:\n{members}")
 
@@ -184,7 +175,7 @@ class Cluster:
             found[:] = [node for node, lead in zip(self.nodes, leads, strict=True) if lead is wanted]
             return sum(leads) == 1
 
-        if not until(elected, STEP_S):
+        if not wait_for(elected, STEP_S):
             raise Trouble(f"{self.base}: no leader")
         return Files(found[0], self.size, self)
 
@@ -200,7 +191,7 @@ class Cluster:
             time.sleep(QUIET_S)
             return sum(node.cpu_ns() for node in nodes) - before < QUIET_CPUS * QUIET_S * 1e9
 
-        until(rests, seconds)
+        wait_for(rests, seconds)
 
     def close(self) -> None:
         with ExitStack() as stack:  # what fails at one node does not spare the others

@@ -70,6 +70,11 @@ SYMLINK: Final = stat.S_IFLNK >> 12
 _new = tuple.__new__
 
 
+def _check_length(name: bytes) -> None:
+    if len(name) > NAME_BYTES_MAX:
+        raise errors.NameTooLong(f"a name has at most {NAME_BYTES_MAX} bytes")
+
+
 class Entry(NamedTuple):
     """A directory entry: `kind` is the type bits of the mode, shifted right by 12."""
 
@@ -117,8 +122,7 @@ class Namespace:
         """(node, kind) of a name. NotFound, NameTooLong."""
         record = self.store.get(DIRENT_PREFIX + parent.to_bytes(8, "big") + name)
         if record is None:
-            if len(name) > NAME_BYTES_MAX:
-                raise errors.NameTooLong(f"a name has at most {NAME_BYTES_MAX} bytes")
+            _check_length(name)
             raise errors.NotFound(name)
         return DIRENT.unpack(record.value)
 
@@ -177,8 +181,7 @@ class Namespace:
         node: int,
     ) -> tuple[Inode, Sequence[Compare], Sequence[Operation]]:
         """A new inode, and the transaction that makes it."""
-        if len(name) > NAME_BYTES_MAX:
-            raise errors.NameTooLong(f"a name has at most {NAME_BYTES_MAX} bytes")
+        _check_length(name)
         if len(target) > SYMLINK_BYTES_MAX:
             raise errors.NameTooLong(f"a symbolic link's target has at most {SYMLINK_BYTES_MAX} bytes")
         name_key, parent_key = dirent_key(parent, name), inode_key(parent)
@@ -237,8 +240,7 @@ class Namespace:
 
     async def link(self, node: int, parent: int, name: bytes) -> Inode:
         """One more name for a file that is not a directory. NotPermitted, TooManyLinks, AlreadyExists."""
-        if len(name) > NAME_BYTES_MAX:
-            raise errors.NameTooLong(f"a name has at most {NAME_BYTES_MAX} bytes")
+        _check_length(name)
         key, name_key, parent_key = inode_key(node), dirent_key(parent, name), inode_key(parent)
         for _ in range(ATTEMPTS):
             record = self.store.get(key)
@@ -369,8 +371,7 @@ class Namespace:
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int
     ) -> Removed | None:
         """renameat2(2); what lost its last or a name by being replaced, if anything did."""
-        if len(new_name) > NAME_BYTES_MAX:
-            raise errors.NameTooLong(f"a name has at most {NAME_BYTES_MAX} bytes")
+        _check_length(new_name)
         if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
             raise errors.InvalidArgument(f"rename flags {flags:#x} are not supported")
         for _ in range(ATTEMPTS):

@@ -70,6 +70,7 @@ class CatchingUp:
             logger.warning("the state could not be fetched: %s", error)
             if self._store.consensus.replica.installing is not None:
                 self._store.consensus.replica.snapshot_failed()
+                self._store.consensus.wake()
             if self._store.quarantine is not None:
                 await trio.sleep(_AGAIN_S)
                 self._ask()

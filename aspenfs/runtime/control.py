@@ -110,7 +110,7 @@ class _Frames:
 
     async def receive(self) -> protocol.Message | None:
         """The next message, None at the end; a cancelled call loses nothing that came in."""
-        buffer, socket = self._buffer, self._stream.socket
+        buffer, source = self._buffer, self._stream.socket
         needed = protocol.HEADER_BYTES
         while True:
             if len(buffer) >= needed:
@@ -119,9 +119,9 @@ class _Frames:
                     payload = bytes(buffer[protocol.HEADER_BYTES:needed])
                     del buffer[:needed]
                     return protocol.decode(payload)
-            await trio.lowlevel.wait_readable(socket)
+            await trio.lowlevel.wait_readable(source)
             try:
-                received = os.read(socket.fileno(), _RECEIVE_BYTES)
+                received = os.read(source.fileno(), _RECEIVE_BYTES)
             except BlockingIOError:
                 continue
             except OSError as error:

@@ -375,6 +375,7 @@ class NodeStore:
         except BaseException as error:
             self._fail(error)
             raise
+        self.consensus.wake()  # what the replica has to send and to sync by now
         self._well.set()
         for tell in self.replaced:
             tell()

@@ -1,7 +1,7 @@
 """Real NodeStores in one loop that compare their states and get well, over requests that can be cut."""
 
-from collections.abc import AsyncIterator, Callable, Set
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Set
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from aspenfs.runtime.snapshots.server import SnapshotServer
 from aspenfs.runtime.system import SystemClock
 from tests.kv.subject import FakeEntropy
 from tests.runtime.snapshot_wire import End, Wire
-from tests.runtime.store_cluster import StoreCluster, until
+from tests.runtime.store_cluster import StoreCluster, grown, until
 
 PLENTY = 1 << 40
 NEVER_S = 1_000.0
@@ -122,17 +122,8 @@ class ComparedCluster(StoreCluster):
         state.refresh()
 
 
-@asynccontextmanager
-async def compared_cluster(
+def compared_cluster(
     directory: Path, count: int = 3, *, period_s: float = NEVER_S
-) -> AsyncIterator[ComparedCluster]:
+) -> AbstractAsyncContextManager[ComparedCluster]:
     """`period_s` is between two comparisons; by default they are made on demand."""
-    async with trio.open_nursery() as nursery:
-        cluster = ComparedCluster(directory, nursery, period_s)
-        await cluster.grow(count)
-        try:
-            yield cluster
-        finally:
-            for node in list(cluster.stores):
-                await cluster.stop(node)
-            nursery.cancel_scope.cancel()
+    return grown(lambda nursery: ComparedCluster(directory, nursery, period_s), count)

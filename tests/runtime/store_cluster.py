@@ -2,9 +2,10 @@
 
 import random
 from collections.abc import AsyncIterator, Callable, Set
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 
@@ -122,10 +123,14 @@ class StoreCluster:
                                 for store in self.stores.values()))  # fmt: skip
 
 
+Grown = TypeVar("Grown", bound=StoreCluster)
+
+
 @asynccontextmanager
-async def store_cluster(directory: Path, count: int = 3) -> AsyncIterator[StoreCluster]:
+async def grown(make: Callable[[trio.Nursery], Grown], count: int) -> AsyncIterator[Grown]:
+    """The cluster that `make` gives, with `count` voters; all of it ends with the block."""
     async with trio.open_nursery() as nursery:
-        cluster = StoreCluster(directory, nursery)
+        cluster = make(nursery)
         await cluster.grow(count)
         try:
             yield cluster
@@ -133,6 +138,10 @@ async def store_cluster(directory: Path, count: int = 3) -> AsyncIterator[StoreC
             for node in list(cluster.stores):
                 await cluster.stop(node)
             nursery.cancel_scope.cancel()
+
+
+def store_cluster(directory: Path, count: int = 3) -> AbstractAsyncContextManager[StoreCluster]:
+    return grown(partial(StoreCluster, directory), count)
 
 
 async def until(condition: Callable[[], object], seconds: float = SECONDS_MAX) -> None:

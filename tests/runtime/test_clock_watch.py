@@ -1,8 +1,8 @@
 """Nodes that look at each other's clocks: real stores, certificates and sockets, and clocks that go wrong."""
 
 import logging
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from aspenfs.runtime.host import NodeStore
 from aspenfs.runtime.peering import Switch
 from aspenfs.runtime.peers.network import PeerNetwork
 from tests.runtime.peers.nodes import CLOCK, ENTROPY, Row, make_authority, make_credentials
-from tests.runtime.store_cluster import StoreCluster, until
+from tests.runtime.store_cluster import StoreCluster, grown, until
 
 PERIOD_S = 0.1
 
@@ -88,20 +88,11 @@ class WatchedCluster(StoreCluster):
         return leader.node_id, leader
 
 
-@asynccontextmanager
-async def watched(
+def watched(
     directory: Path, count: int = 3, old: frozenset[int] = frozenset()
-) -> AsyncIterator[WatchedCluster]:
+) -> AbstractAsyncContextManager[WatchedCluster]:
     """`old`: those who neither look nor tell."""
-    async with trio.open_nursery() as nursery:
-        cluster = WatchedCluster(directory, nursery, old)
-        await cluster.grow(count)
-        try:
-            yield cluster
-        finally:
-            for node in list(cluster.stores):
-                await cluster.stop(node)
-            nursery.cancel_scope.cancel()
+    return grown(lambda nursery: WatchedCluster(directory, nursery, old), count)
 
 
 def names(node: int) -> str:

@@ -67,8 +67,8 @@ class Channel:
         self._filled.set()
 
     def push_message(self, packed: bytes) -> None:
-        assert len(packed) + _MESSAGE_OVERHEAD <= PEER_FRAME_BYTES_MAX
         """To be followed by `flush`."""
+        assert len(packed) + _MESSAGE_OVERHEAD <= PEER_FRAME_BYTES_MAX
         self._messages.append(packed)
         self.queued_bytes += len(packed)
 

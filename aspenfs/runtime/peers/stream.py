@@ -108,8 +108,6 @@ class TlsStream:
             sent = self.socket.send(encrypted)
         except BlockingIOError:
             sent = 0
-        except ssl.SSLError as error:
-            raise Broken(_cause(error)) from None
         except OSError as error:
             raise Broken(_cause(error)) from None
         self._left = encrypted[sent:]

@@ -84,6 +84,27 @@ async def test_pieces_of_any_size_make_the_same_frames(shown: Credentials) -> No
 
 
 @in_trio
+async def test_what_a_full_socket_does_not_take_at_once_goes_with_the_next(shown: Credentials) -> None:
+    async with pair(shown) as (client, server):
+        sent = [b"%06d" % number * 2_000 for number in range(1_000)]
+        all_at_once = [client.send_now(frame(data)) for data in sent[:-1]]
+        assert all_at_once[0]
+        assert not all_at_once[-1]
+        received: list[bytes] = []
+
+        async def receive() -> None:
+            while len(received) < len(sent):
+                received.extend(bytes(each) for each in await server.receive(PEER_FRAME_BYTES_MAX))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive)
+            await client.send([])
+            assert not client.flushing
+            assert client.send_now(frame(sent[-1]))
+        assert received == sent
+
+
+@in_trio
 async def test_what_was_sent_before_the_end_is_received_before_the_end(shown: Credentials) -> None:
     async with pair(shown) as (client, server):
         await client.send([frame(b"last words")])
