@@ -93,6 +93,7 @@ class Node:
             name=options.name,
             disk=disk,
             pre_sync=[self._sync_blobs],
+            pre_sync_due=lambda: self.blobs.dirty,
             verify_entry=self._names_only_blobs_that_are_there,
             reserve=Reserve(directory.path),
             incarnation=incarnation,

@@ -69,6 +69,10 @@ class RealFile:
     def datasync(self) -> None:
         os.fdatasync(self._fd)
 
+    def fileno(self) -> int:
+        """Not of the port: for `KernelSync`."""
+        return self._fd
+
     def size(self) -> int:
         return os.fstat(self._fd).st_size
 

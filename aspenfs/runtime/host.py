@@ -52,6 +52,7 @@ from aspenfs.runtime.applier import Applier
 from aspenfs.runtime.consensus import META_CONFIGURATION, META_TERM, Consensus, decode_configuration
 from aspenfs.runtime.disk import RealDisk
 from aspenfs.runtime.identity import Identity
+from aspenfs.runtime.kernel_sync import KernelSync
 from aspenfs.runtime.quarantine import Quarantine
 from aspenfs.runtime.recovery import VerifyEntry
 from aspenfs.runtime.reserve import Reserve
@@ -85,16 +86,17 @@ class NodeStore:
                                       observer_failed=_log_observer)
         self._overlay = engine.overlay
         self._applier = Applier(state, self._batch_applied, self._applier_stalled, self._fail, self._meta_at)
-        self._syncer = Syncer(self._sync_wal, pre_sync, self._synced, self._fail, clock.monotonic_ns)
+        self._syncer = Syncer(wal, pre_sync, self._synced, self._fail, clock.monotonic_ns,
+                              lambda: self.consensus.ticket)  # fmt: skip
         self._clock, self._entropy = clock, entropy
         self._directory = Path()
         self._free_bytes: Callable[[], int] | None = None
+        self._pre_sync_due: Callable[[], bool] | None = None
         self.replaced: list[Callable[[], object]] = []  # called when the state is another node's
         self.suspended: list[Callable[[], object]] = []  # called when it turned out to be a bad one
         self.quarantine: Quarantine | None = None  # as long as it is: see `suspend`
         self._well = trio.Event()
         self._well.set()
-        self._synced_ticket = 0  # of writes of the consensus that are durable; set by the sync thread
         self.consensus: Consensus
         self._replica: Replica
         # Awaited before a command is proposed to others: what it names must be with a majority.
@@ -127,11 +129,12 @@ class NodeStore:
              disk: Disk | None = None, pre_sync: Sequence[Hook] = (), verify_entry: VerifyEntry | None = None,
              segment_bytes: int = WAL_SEGMENT_BYTES, map_bytes: int = MAP_BYTES, background: bool = True,
              free_bytes: Callable[[], int] | None = None, reserve: Reserve | None = None,
-             incarnation: int = 1) -> "NodeStore":
+             incarnation: int = 1, pre_sync_due: Callable[[], bool] | None = None) -> "NodeStore":
         """The store in `state_directory`, recovered; a new cluster `name` if there is none yet.
 
         Blocks. `pre_sync` runs in the sync thread before each sync of the log: what log entries name
-        must be durable before they are. `verify_entry` tells whether what an entry names is here.
+        must be durable before they are. `pre_sync_due` tells, in the loop, whether it has anything to do
+        (without: always). `verify_entry` tells whether what an entry names is here.
         `disk` holds the log (default: the directory itself), `free_bytes` limits the state,
         `reserve` is used up when that finds no room. `incarnation` is greater with each start.
         Corrupt, NoSpace, SyncFailed; the caller holds the lock on the directory.
@@ -150,6 +153,7 @@ class NodeStore:
             try:
                 store = cls(node, wal, state, clock, entropy, pre_sync, log, reserve)
                 store._directory, store._free_bytes = directory, free_bytes
+                store._pre_sync_due = pre_sync_due
                 replayed = store._recover(verify_entry, incarnation, marker)
             except BaseException:
                 state.close()
@@ -207,6 +211,8 @@ class NodeStore:
         interval = sys.getswitchinterval()
         sys.setswitchinterval(min(interval, _SWITCH_INTERVAL_SECONDS))
         self._token = trio.lowlevel.current_trio_token()
+        if isinstance(self._disk, RealDisk):
+            self._syncer.use_kernel(KernelSync.open(self._directory), self._pre_sync_due)
         self._syncer.start(self._token)
         self._applier.start(self._token)
         try:
@@ -214,6 +220,7 @@ class NodeStore:
                 nursery.start_soon(self._chores)
                 nursery.start_soon(self._proposed_chores)
                 nursery.start_soon(self.consensus.run)
+                nursery.start_soon(self._syncer.run)
                 task_status.started()
                 await self._failed.wait()
                 nursery.cancel_scope.cancel()
@@ -301,7 +308,7 @@ class NodeStore:
 
     def _flush_log(self) -> None:
         try:
-            self._synced(self._syncer.sync_now())
+            self._synced(*self._syncer.sync_now())
         except BaseException as error:
             self._fail(error)
             raise
@@ -420,16 +427,9 @@ class NodeStore:
 
     # --- durable and applied; called in the loop by the threads ---
 
-    def _sync_wal(self, before: Hook | None) -> int:
-        """In the sync thread: all writes up to the ticket that is read here come before the sync."""
-        ticket = self.consensus.ticket
-        index = self._wal.sync(before)
-        self._synced_ticket = ticket
-        return index
-
-    def _synced(self, index: int) -> None:
+    def _synced(self, ticket: int, index: int) -> None:
         if self._failure is None:
-            self.consensus.synced(self._synced_ticket, index)
+            self.consensus.synced(ticket, index)
             if self._overlay.bytes > _HURRY_BYTES:
                 self._applier.request(index)
 
@@ -500,7 +500,7 @@ class NodeStore:
 
     @property
     def syncing(self) -> bool:
-        """Whether the sync thread has work: somebody waits for it."""
+        """Whether a sync is under way: somebody waits for it."""
         return self._syncer.busy
 
     @property

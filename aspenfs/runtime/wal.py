@@ -23,7 +23,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from aspenfs.errors import Closed, NoSpace, StorageError, SyncFailed, TxnTooLarge
 from aspenfs.limits import KIB, MIB, WAL_FRAME_BYTES_MAX, WAL_SEGMENT_BYTES
@@ -42,14 +42,22 @@ from aspenfs.runtime.wal_recovery import Recovered, Report, Segment, recover, ve
 from aspenfs.runtime.wal_replay import Frame, Piece, Void, replay
 from aspenfs.runtime.wal_segments import SegmentPool, storage_error
 from aspenfs.runtime.wal_tail import CONTROL_BYTES, Tail
-from aspenfs.seams import Disk
+from aspenfs.seams import Disk, DiskFile
 
-__all__ = ["Frame", "Kind", "Report", "Wal", "verify"]
+__all__ = ["Frame", "Kind", "PendingSync", "Report", "Wal", "verify"]
 
 logger = logging.getLogger(__name__)
 
 SEGMENT_BYTES_MIN: Final = 4 * KIB
 _REWRITE_BYTES: Final = 1 * MIB  # at a time
+
+
+class PendingSync(NamedTuple):
+    """What a sync that has begun is to make durable: see `Wal.begin_sync`."""
+
+    files: Sequence[DiskFile]  # oldest first
+    full: tuple[Segment, ...]
+    target: tuple[int, int]  # (segment number, offset)
 
 
 class Wal:
@@ -350,37 +358,75 @@ class Wal:
         Raises SyncFailed, and then the log is dead.
         """
         with self._sync_lock:
-            with self._lock:
-                if self._dead is not None:
-                    raise self._dead
-                if isinstance(self._pool.failure, SyncFailed):
-                    self._dead = self._pool.failure
-                    raise self._dead
-                current, target = self._tail.segment, self._tail.position
-                self._sync_floor = self._last_index
-                full = list(self._unsynced)
-                if target == self._clean:
-                    return self._synced_index
+            pending = self._pending_sync()
+            if pending is None:
+                return self._synced_index
             if before is not None:
                 before()
             try:
-                for segment in full:
-                    segment.file.datasync()
-                if current is not None and target[1] > FIRST_FRAME:
-                    current.file.datasync()
+                for file in pending.files:
+                    file.datasync()
             except OSError as error:
                 raise self._die(error) from error
-            with self._lock:
-                del self._unsynced[: len(full)]
-                self._synced = self._clean = target
-                index = self._synced_index = self._sync_floor  # lower if a truncation came meanwhile
-                self._update_claim(target)
-                self._mark(target)
-            for segment in full:
-                segment.file.close()
-            if self._pool.failure is not None:
-                self._pool.stir()
-            return index
+            return self._sync_ended(pending)
+
+    def begin_sync(self) -> "PendingSync | None":
+        """`sync` in two parts, for who has another way to sync `files`: then comes `end_sync`, and until
+        then no other sync. None: there is nothing to do, and `synced_index` is the answer. SyncFailed."""
+        taken = self._sync_lock.acquire(blocking=False)
+        assert taken, "a sync is under way"
+        try:
+            pending = self._pending_sync()
+        except BaseException:
+            self._sync_lock.release()
+            raise
+        if pending is None:
+            self._sync_lock.release()
+        return pending
+
+    def end_sync(self, pending: "PendingSync", error: OSError | None) -> int:
+        """What `sync` returns and raises, when its files are durable, or there was an error."""
+        try:
+            if error is not None:
+                raise self._die(error) from error
+            return self._sync_ended(pending)
+        finally:
+            self._sync_lock.release()
+
+    def abandon_sync(self) -> None:
+        """As if `begin_sync` had not been called."""
+        self._sync_lock.release()
+
+    def _pending_sync(self) -> "PendingSync | None":
+        with self._lock:
+            if self._dead is not None:
+                raise self._dead
+            if isinstance(self._pool.failure, SyncFailed):
+                self._dead = self._pool.failure
+                raise self._dead
+            current, target = self._tail.segment, self._tail.position
+            self._sync_floor = self._last_index
+            if target == self._clean:
+                return None
+            full = tuple(self._unsynced)
+        files = [segment.file for segment in full]
+        if current is not None and target[1] > FIRST_FRAME:
+            files.append(current.file)
+        return PendingSync(files, full, target)
+
+    def _sync_ended(self, pending: "PendingSync") -> int:
+        full, target = pending.full, pending.target
+        with self._lock:
+            del self._unsynced[: len(full)]
+            self._synced = self._clean = target
+            index = self._synced_index = self._sync_floor  # lower if a truncation came meanwhile
+            self._update_claim(target)
+            self._mark(target)
+        for segment in full:
+            segment.file.close()
+        if self._pool.failure is not None:
+            self._pool.stir()
+        return index
 
     def _seal_tail(self, claim: bool) -> None:
         """Put a durable frame where the log ends, for nobody else yet has the log.
