@@ -37,6 +37,7 @@ RESERVE_BYTES = 64 * MIB  # kept back for deleting on a full disk; half of a blo
 OVERLAY_BYTES_MAX = 64 * MIB  # accepted but not yet applied; beyond it writers wait for the disk
 APPLY_BATCH_KEYS_MAX = 16_384  # in one transaction of the state; a larger one only costs memory
 MAPPED_BYTES_MAX = 48 * MIB  # of the state's map in memory, code included; beyond it pages are given back
+GIVE_BACK_S = 1  # and looked at this often: a page that is read again costs a fault
 SYNC_INTERVAL_MS = 250  # accepted work that nobody waits for is fsynced this often
 HISTORY_REVISIONS = 10_000  # revisions of user keys kept readable before compaction
 WATCH_BUFFER_BATCHES = 1_024  # per watcher; beyond it the watcher gets Lagged
@@ -54,7 +55,7 @@ INODE_BLOCK = 4_096  # inode ids a host reserves at a time
 
 # --- consensus ---
 TICK_MS = 50  # the core's unit of time
-NOTICE_MS = 4  # after which members have entries, and hear of commits, that nobody there waits for
+NOTICE_MS = 12  # after which members have entries, and hear of commits, that nobody there waits for
 HEARTBEAT_TICKS = 2  # a leader's sign of life
 ELECTION_TICKS = 14  # silence after which a follower stands for election: 7 heartbeats; twice that at most
 CLOCK_DRIFT_PPM_MAX = 1_000  # between two voters' clocks, as a lease supposes: NTP slews one by 500 at most

@@ -21,6 +21,7 @@ from queue import SimpleQueue
 from aspenfs.errors import NoSpace
 from aspenfs.kv.types import Record
 from aspenfs.limits import APPLY_BATCH_KEYS_MAX, MIB
+from aspenfs.runtime.loop_turns import LoopTurns
 from aspenfs.runtime.statedb import StateDb
 from aspenfs.runtime.syncer import Loop
 
@@ -29,7 +30,7 @@ Effects = Sequence[tuple[bytes, Record | None]]
 _APPLY, _SYNC, _STOP = range(3)
 _STEP_EFFECTS = 512  # settled in one go: about 0.2 ms of the loop
 _BATCH_BYTES_MAX = 16 * MIB  # of values in one transaction
-_BREATH_SECONDS = 0.0005  # for the others, after each slice: puts hold the interpreter lock
+_GATHERED_EFFECTS = 1_024  # in one go, for a batch: about 0.2 ms
 _RETRY_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)  # a full disk is looked at again after so long
 
 
@@ -54,7 +55,6 @@ class Applier:
         self._requested = 0
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        self.hurried = False  # set by the loop when writers wait: no pauses then
         self.batches = 0
 
     # --- the loop's thread ---
@@ -106,7 +106,7 @@ class Applier:
     def apply_now(self, upto: int) -> list[int]:
         """Applies entries up to `upto` in the calling thread; the steps to settle. NoSpace keeps them."""
         steps: list[int] = []
-        while batch := self._next_batch(upto):
+        while batch := self._next_batch(upto, None):
             items, batch_steps = batch
             try:
                 self.state.apply(items, batch_steps[-1], self._meta_at(batch_steps[-1]))
@@ -118,6 +118,7 @@ class Applier:
         return steps
 
     def _run(self, loop: Loop) -> None:
+        turns = LoopTurns(loop)
         try:
             while not self._stopping.is_set():
                 if self._queue.get() == _SYNC:
@@ -125,19 +126,21 @@ class Applier:
                     loop.run_sync_soon(self._applied, [])
                 # Up to the newest request, so that those queued meanwhile find nothing to do: many
                 # small batches cost a sync each.
-                while not self._stopping.is_set() and (batch := self._next_batch(self._requested)):
-                    self._apply_patiently(*batch, loop)
+                while not self._stopping.is_set() and (batch := self._next_batch(self._requested, turns)):
+                    self._apply_patiently(*batch, loop, turns)
         except BaseException as error:
+            turns.end()
             loop.run_sync_soon(self._failed, error)
 
-    def _apply_patiently(self, items: Effects, steps: list[int], loop: Loop) -> None:
+    def _apply_patiently(self, items: Effects, steps: list[int], loop: Loop, turns: LoopTurns) -> None:
         """Applies one batch; on a full disk again and again, until it works or the applier stops."""
         attempt = 0
         while True:
             try:
-                self.state.apply(items, steps[-1], self._meta_at(steps[-1]), breathe=self._breathe)
+                self.state.apply(items, steps[-1], self._meta_at(steps[-1]), pace=turns)
                 break
             except NoSpace as error:
+                turns.end()
                 loop.run_sync_soon(self._stalled, error)
             if self._stopping.wait(_RETRY_SECONDS[min(attempt, len(_RETRY_SECONDS) - 1)]):
                 self._backlog.appendleft((steps[-1], items))
@@ -155,16 +158,16 @@ class Applier:
         self._checkpoints.popleft()
         return True
 
-    def _breathe(self) -> None:
-        if not self.hurried:
-            self._stopping.wait(_BREATH_SECONDS)
-
-    def _next_batch(self, upto: int) -> tuple[Effects, list[int]] | None:
+    def _next_batch(self, upto: int, turns: LoopTurns | None) -> tuple[Effects, list[int]] | None:
         """The newest record of each key in the next entries up to `upto`, and the steps to settle them."""
         backlog = self._backlog
+        if not backlog or backlog[0][0] > upto:
+            return None
+        if turns is not None:
+            turns.begin()
         newest: dict[bytes, Record | None] = {}
         steps: list[int] = []
-        index = in_step = size = 0
+        index = in_step = gathered = size = 0
         last = self._checkpoints[0] if self._checkpoints else upto
         while len(newest) < APPLY_BATCH_KEYS_MAX and size < _BATCH_BYTES_MAX:
             if not backlog or backlog[0][0] > min(upto, last):
@@ -175,10 +178,16 @@ class Applier:
             for _, record in effects:
                 if record is not None:
                     size += len(record.value)
+            gathered += len(effects)
             if in_step >= _STEP_EFFECTS:
                 steps.append(index)
                 in_step = 0
+            if gathered >= _GATHERED_EFFECTS and turns is not None:
+                gathered = 0
+                turns.begin()
         if not index:
+            if turns is not None:
+                turns.end()
             return None
         if not steps or steps[-1] != index:
             steps.append(index)

@@ -39,6 +39,7 @@ from aspenfs.kv.state import Outcome
 from aspenfs.kv.store import Begun, Dedup, Observer
 from aspenfs.kv.types import Batch, Compare, Operation, Record, TxnResult
 from aspenfs.limits import (
+    GIVE_BACK_S,
     MIB,
     OVERLAY_BYTES_MAX,
     PROPOSAL_TIMEOUT_MS,
@@ -244,13 +245,16 @@ class NodeStore:
     async def _chores(self) -> None:
         """What nobody asks for: commits nobody waits for, applying, leases, history."""
         engine = self.engine
+        turns = 0
         while self._failure is None:
             await trio.sleep(SYNC_INTERVAL_MS / 1000)
             if engine.revision > engine.committed_revision:
                 self._syncer.request()
             self._applier.request(engine.committed_revision)
             self._take_reserve()
-            self._state.give_back_pages()
+            turns += 1
+            if turns * SYNC_INTERVAL_MS % (GIVE_BACK_S * 1000) == 0:
+                self._state.give_back_pages()
             if self._state.durable_index < self._state.applied_index == engine.committed_revision:
                 self._applier.request_sync()  # nothing comes that would do it
             if not self._replica.alone:
@@ -483,7 +487,6 @@ class NodeStore:
         self._overlay.settle(self._to_settle.popleft())
         if self._overlay.bytes <= OVERLAY_BYTES_MAX:
             self._room.set()
-            self._applier.hurried = False
         if self._to_settle and self._token is not None:
             self._token.run_sync_soon(self._settle_step)
 
@@ -610,7 +613,6 @@ class NodeStore:
                 raise self._stall.with_traceback(None)
             if trio.current_time() > deadline:
                 raise errors.NoQuorum("what was proposed before is still under way: `aspen status` tells why")
-            self._applier.hurried = True
             self._applier.request(self.engine.committed_revision)
             await trio.sleep(0.005)
 
@@ -647,7 +649,6 @@ class NodeStore:
                 self._flush_log()
                 self.apply()
                 continue
-            self._applier.hurried = True
             self._syncer.request()
             self._applier.request(self.engine.committed_revision)
             if self._room.is_set():

@@ -122,21 +122,38 @@ def test_a_walk_is_lazy(db: StateDb) -> None:
         next(walk)
 
 
-def test_apply_breathes_between_slices(db: StateDb) -> None:
-    breaths: list[None] = []
+class Paced:
+    """Notes the turns, and what was in the file at their end."""
+
+    def __init__(self, db: StateDb, fail_at: int = 0) -> None:
+        self.db, self.fail_at = db, fail_at
+        self.turns: list[str] = []
+
+    def begin(self) -> None:
+        self.turns.append("begin")
+        if len(self.turns) == self.fail_at:
+            raise RuntimeError("stop")
+
+    def end(self) -> None:
+        self.db.refresh()
+        self.turns.append(f"end, applied {self.db.applied_index}")
+
+
+def test_apply_takes_a_turn_for_each_slice_and_none_for_the_commit(db: StateDb) -> None:
     items = [(b"f/%06d" % n, record(b"v")) for n in range(SLICE_KEYS * 3 + 1)]
-    db.apply(items, 1, breathe=lambda: breaths.append(None))
-    assert len(breaths) == 4
+    paced = Paced(db)
+    db.apply(items, 1, pace=paced)
+    assert paced.turns == ["begin"] * 4 + ["end, applied 0"]
+    db.refresh()
+    assert db.applied_index == 1
 
 
 def test_a_failure_in_the_middle_of_apply_changes_nothing(db: StateDb) -> None:
-    def fail() -> None:
-        raise RuntimeError("stop")
-
+    items = [(b"k/%06d" % n, record(b"v")) for n in range(SLICE_KEYS + 1)]
     with pytest.raises(RuntimeError, match="stop"):
-        db.apply([(b"k/a", record(b"v"))], 1, {"term": b"1"}, breathe=fail)
+        db.apply(items, 1, {"term": b"1"}, pace=Paced(db, fail_at=2))
     db.refresh()
-    assert (db.get(b"k/a"), db.meta("term"), db.applied_index) == (None, None, 0)
+    assert (db.get(b"k/000000"), db.meta("term"), db.applied_index) == (None, None, 0)
 
 
 def test_durable_index_lags_one_batch_until_sync(db: StateDb) -> None:
