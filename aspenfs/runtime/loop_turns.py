@@ -4,8 +4,8 @@ Belongs here: handing over and giving back. Not here: what the thread does (`app
 
 Two threads that both want the interpreter's lock are slower than one after the other. Who waits is woken
 each time that the loop lets go of the lock for a system call, every few µs, and mostly finds it taken again:
-of 15 µs that the writing of one key's change cost the applier beside a busy loop 2 were its work, and the
-loop made a futex call for every system call (docs/performance.md). So the thread asks for a turn, and sleeps
+of 11 to 17 µs that the writing of one key's change cost the applier beside a busy loop 2 were its work, and
+the loop made a futex call for every system call (ADR 0015). So the thread asks for a turn, and sleeps
 until the loop comes to a place where it can wait; then it has the lock to itself for a bounded piece of work.
 """
 

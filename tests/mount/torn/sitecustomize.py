@@ -1,9 +1,9 @@
 """Loaded by the Python of a daemon under test: notes which writes no finished sync has covered yet.
 
-With ASPEN_TORN_TRACE set, every pwrite and fdatasync is noted in that file, which is mapped, so that it
-outlives a SIGKILL. A write is noted before it is made, a sync after it has returned, with the notes that it
-found when it began: what the notes call unsynced, a loss of power could take. `tests/mount/tearing.py` reads
-them. Nothing else is changed.
+With ASPEN_TORN_TRACE set, every pwrite and fdatasync, also those of the kernel's workers (`KernelSync`), is
+noted in that file, which is mapped, so that it outlives a SIGKILL. A write is noted before it is made, a sync
+after it has ended, with the notes that it found when it began: what the notes call unsynced, a loss of power
+could take. `tests/mount/tearing.py` reads them. Nothing else is changed.
 """
 
 import mmap
@@ -45,6 +45,25 @@ def _trace(path: str) -> None:
 
     os.pwrite = traced_pwrite
     os.fdatasync = traced_fdatasync
+
+    # Not before the two above are in place.
+    from aspenfs.runtime.kernel_sync import KernelSync
+
+    start = KernelSync.start
+
+    def traced_start(self: KernelSync, files: Any, done: Any) -> None:
+        began = last
+        inodes = [os.fstat(file.fileno()).st_ino for file in files]
+
+        def ended(error: OSError | None) -> None:
+            if error is None:
+                for inode in inodes:
+                    note(inode, began, 0)
+            done(error)
+
+        start(self, files, ended)
+
+    KernelSync.start = traced_start  # type: ignore[method-assign]
 
 
 if os.environ.get("ASPEN_TORN_TRACE"):
