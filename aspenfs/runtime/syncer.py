@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Protocol
 
-from aspenfs.errors import SyncFailed
+from aspenfs.errors import Busy, SyncFailed
 from aspenfs.runtime.kernel_sync import KernelSync
 from aspenfs.runtime.wal import PendingSync, Wal
 
@@ -86,8 +86,7 @@ class Syncer:
 
     def _begin(self) -> None:
         if self._kernel is None or self._queued or self._hooks_due():
-            self._queued += 1
-            self._queue.put(True)
+            self._ask_thread()
             return
         self._requested = False
         loop = self._loop
@@ -97,6 +96,10 @@ class Syncer:
             ticket, pending = self._ticket(), self._wal.begin_sync()
         except SyncFailed as error:
             loop.run_sync_soon(self._failed, error)
+            return
+        except Busy:  # another state is put in place, and waits for the log: so does the thread
+            self._requested = True
+            self._ask_thread()
             return
         if pending is None:
             self.busy = False
@@ -111,6 +114,10 @@ class Syncer:
             self._pending = None
             self._wal.abandon_sync()
             self.request()
+
+    def _ask_thread(self) -> None:
+        self._queued += 1
+        self._queue.put(True)
 
     def _kernel_ended(self, error: OSError | None) -> None:
         """In the loop, or in the thread that stops us."""

@@ -25,7 +25,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple
 
-from aspenfs.errors import Closed, NoSpace, StorageError, SyncFailed, TxnTooLarge
+from aspenfs.errors import Busy, Closed, NoSpace, StorageError, SyncFailed, TxnTooLarge
 from aspenfs.limits import KIB, MIB, WAL_FRAME_BYTES_MAX, WAL_SEGMENT_BYTES
 from aspenfs.runtime.wal_format import (
     BEGIN_BYTES_MAX,
@@ -372,9 +372,10 @@ class Wal:
 
     def begin_sync(self) -> "PendingSync | None":
         """`sync` in two parts, for who has another way to sync `files`: then comes `end_sync`, and until
-        then no other sync. None: there is nothing to do, and `synced_index` is the answer. SyncFailed."""
-        taken = self._sync_lock.acquire(blocking=False)
-        assert taken, "a sync is under way"
+        then no other sync. None: there is nothing to do, and `synced_index` is the answer. Does not block.
+        SyncFailed; Busy: a sync is under way."""
+        if not self._sync_lock.acquire(blocking=False):
+            raise Busy("a sync of the log is under way")
         try:
             pending = self._pending_sync()
         except BaseException:

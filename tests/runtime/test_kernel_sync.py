@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import subprocess
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -295,6 +296,35 @@ def test_what_was_asked_for_before_a_store_runs_is_done_then(tmp_path: Path) -> 
         async with running(store):
             done: Callable[[], bool] = lambda: store.engine.committed_revision >= revision  # noqa: E731
             await until(done)
+        store.close()
+
+    trio.run(main)
+
+
+def test_a_sync_that_somebody_else_makes_is_waited_for_by_the_thread(tmp_path: Path) -> None:
+    """As when a state is put in place of another one: that syncs the log from a thread of its own."""
+    in_sync, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        in_sync.set()
+        assert go_on.wait(20)
+
+    async def main() -> None:
+        store = open_store(tmp_path)
+        async with running(store):
+            revision = (await store.txn([], [put(b"k", b"1")])).revision
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.to_thread.run_sync, store._wal.sync, hold)
+                await until(in_sync.is_set)
+                second = (await store.txn([], [put(b"k", b"2")])).revision
+                store._syncer.request()
+                assert store._syncer._queued == 1
+                with trio.move_on_after(0.05):
+                    await store.committed(second)
+                assert store.engine.committed_revision < revision
+                go_on.set()
+            with trio.fail_after(10):
+                assert await store.committed(second) >= second
         store.close()
 
     trio.run(main)
