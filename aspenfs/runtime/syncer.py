@@ -49,7 +49,8 @@ class Syncer:
         self._queued = 0  # syncs that the thread was asked for and has not reported
         self._requested = False
         self.busy = False  # a sync has been asked for or is under way
-        self._loop: Loop | None = None  # from `start` to `stop`
+        self._loop: Loop | None = None
+        self._accepts = False  # from `start` to `stop`
         self._thread: threading.Thread | None = None
         self._pending: tuple[PendingSync, int, int] | None = None  # the kernel's; ticket, clock
         self.syncs = 0
@@ -62,7 +63,7 @@ class Syncer:
             self._hooks_due = hooks_due
 
     def start(self, loop: Loop) -> None:
-        self._loop = loop
+        self._loop, self._accepts = loop, True
         self._thread = threading.Thread(target=self._run, args=(loop,), name="wal-sync", daemon=True)
         self._thread.start()
         if self._requested:
@@ -81,7 +82,7 @@ class Syncer:
         """Everything accepted so far shall be durable soon; before `start`, then. Cheap when asked again."""
         if not self._requested:
             self._requested = self.busy = True
-            if self._pending is None and self._loop is not None:
+            if self._pending is None and self._accepts:
                 self._begin()
 
     def _begin(self) -> None:
@@ -122,16 +123,17 @@ class Syncer:
     def _kernel_ended(self, error: OSError | None) -> None:
         """In the loop, or in the thread that stops us."""
         assert self._pending is not None
+        assert self._loop is not None
         pending, ticket, began = self._pending
         self._pending = None
         self._count(began)
         try:
             index = self._wal.end_sync(pending, error)
         except SyncFailed as failure:
-            self._failed(failure)
+            self._loop.run_sync_soon(self._failed, failure)
             return
         self.busy = self._requested
-        if self._loop is not None:
+        if self._accepts:
             if self._requested:
                 self._begin()  # first of all: the disk need not wait for what we do now
             self._synced(ticket, index)
@@ -145,7 +147,7 @@ class Syncer:
     def stop(self) -> None:
         """After `run`: ends with the sync under way, and blocks until then. Idempotent."""
         if self._thread is not None:
-            self._loop = None
+            self._accepts = False
             if self._kernel is not None:
                 self._kernel.wait()
             self._queue.put(False)

@@ -278,6 +278,9 @@ def test_what_is_under_way_when_a_store_stops_is_waited_for(tmp_path: Path, note
                     assert under_way
             assert not noted[-1].under_way
             assert store.engine.committed_revision == revision
+            await store.txn([], [put(b"l", b"%d" % life)])
+            store._syncer.request()
+            assert not noted[-1].under_way, "nobody would hear of it"
         store.close()
         again = open_store(tmp_path)
         record = again.get(b"k")
@@ -286,6 +289,34 @@ def test_what_is_under_way_when_a_store_stops_is_waited_for(tmp_path: Path, note
         again.close()
 
     trio.run(main)
+
+
+def test_a_failure_of_the_sync_under_way_when_a_store_stops_is_told_in_the_loop(
+    tmp_path: Path, noted: list[Noted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told_in: list[threading.Thread] = []
+
+    async def main() -> None:
+        store = open_store(tmp_path)
+        fail = store._syncer._failed
+
+        def noting(error: BaseException) -> None:
+            told_in.append(threading.current_thread())
+            fail(error)
+
+        monkeypatch.setattr(store._syncer, "_failed", noting)
+        with pytest.raises(errors.SyncFailed):  # noqa: PT012 – raised at its end
+            async with running(store):
+                await store.txn([], [put(b"k", b"1")])
+                await store.committed()
+                noted[0].fails = OSError(errno.EIO, os.strerror(errno.EIO))
+                await store.txn([], [put(b"k", b"2")])
+                store._syncer.request()
+                assert noted[0].under_way
+        store.close()
+
+    trio.run(main)
+    assert told_in == [threading.main_thread()]
 
 
 def test_what_was_asked_for_before_a_store_runs_is_done_then(tmp_path: Path) -> None:
