@@ -161,34 +161,29 @@ class Applier:
     def _next_batch(self, upto: int, turns: LoopTurns | None) -> tuple[Effects, list[int]] | None:
         """The newest record of each key in the next entries up to `upto`, and the steps to settle them."""
         backlog = self._backlog
-        if not backlog or backlog[0][0] > upto:
+        last = min(upto, self._checkpoints[0]) if self._checkpoints else upto
+        if not backlog or backlog[0][0] > last:
             return None
         if turns is not None:
             turns.begin()
         newest: dict[bytes, Record | None] = {}
         steps: list[int] = []
         index = in_step = gathered = size = 0
-        last = self._checkpoints[0] if self._checkpoints else upto
-        while len(newest) < APPLY_BATCH_KEYS_MAX and size < _BATCH_BYTES_MAX:
-            if not backlog or backlog[0][0] > min(upto, last):
-                break
+        while (backlog and backlog[0][0] <= last
+                and len(newest) < APPLY_BATCH_KEYS_MAX and size < _BATCH_BYTES_MAX):  # fmt: skip
             index, effects = backlog.popleft()
             newest.update(effects)
             in_step += len(effects)
+            gathered += len(effects)
             for _, record in effects:
                 if record is not None:
                     size += len(record.value)
-            gathered += len(effects)
             if in_step >= _STEP_EFFECTS:
                 steps.append(index)
                 in_step = 0
             if gathered >= _GATHERED_EFFECTS and turns is not None:
                 gathered = 0
                 turns.begin()
-        if not index:
-            if turns is not None:
-                turns.end()
-            return None
         if not steps or steps[-1] != index:
             steps.append(index)
         return list(newest.items()), steps

@@ -36,7 +36,8 @@ from aspenfs.runtime import identity, quarantine, recovery, store_status, swap
 from aspenfs.runtime.applier import Applier
 from aspenfs.runtime.consensus import META_CONFIGURATION, META_TERM, Consensus, decode_configuration
 from aspenfs.runtime.disk import RealDisk
-from aspenfs.runtime.host_replacing import FOUNDER, STATE_DIRECTORY, Replacing
+from aspenfs.runtime.host_base import FOUNDER, STATE_DIRECTORY
+from aspenfs.runtime.host_replacing import Replacing
 from aspenfs.runtime.kernel_sync import KernelSync
 from aspenfs.runtime.quarantine import Quarantine
 from aspenfs.runtime.recovery import VerifyEntry

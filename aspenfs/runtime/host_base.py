@@ -32,6 +32,8 @@ from aspenfs.seams import Clock, Disk, Entropy
 
 logger = logging.getLogger(__name__)
 
+STATE_DIRECTORY = "state"
+FOUNDER = 1  # id of the node that made the cluster: identity.create
 HURRY_BYTES = 8 * MIB  # logged, or in the overlay: sync and apply now, not at the next interval
 
 

@@ -13,15 +13,13 @@ from aspenfs.cluster.types import Configuration
 from aspenfs.cluster.types import Snapshot as RaftSnapshot
 from aspenfs.limits import TICK_MS
 from aspenfs.runtime.consensus import decode_configuration
+from aspenfs.runtime.host_base import FOUNDER, STATE_DIRECTORY
 from aspenfs.runtime.host_writing import Writing
 from aspenfs.runtime.quarantine import Quarantine
 from aspenfs.runtime.snapshots.client import Fetched, install
 from aspenfs.runtime.statedb import StateDb
 
 logger = logging.getLogger(__name__)
-
-STATE_DIRECTORY = "state"
-FOUNDER = 1  # id of the node that made the cluster: identity.create
 
 
 class Replacing(Writing):

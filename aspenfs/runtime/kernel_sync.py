@@ -23,7 +23,7 @@ from aspenfs.runtime.disk import RealFile
 logger = logging.getLogger(__name__)
 
 _FILES_MAX: Final = 64  # asked for at once
-_PROBE_SECONDS: Final = 10
+_WAIT_SECONDS: Final = 10  # for one answer; `open` gives up then, `wait` asks again
 
 Done = Callable[[OSError | None], object]
 
@@ -92,7 +92,7 @@ class KernelSync:
     def _hear(self, *, blocking: bool = False) -> None:
         before = self._left
         if blocking:
-            self._context.process_events(_FILES_MAX, 1, _PROBE_SECONDS)
+            self._context.process_events(_FILES_MAX, 1, _WAIT_SECONDS)
         else:
             self._context.process_events(_FILES_MAX)
         if before and not self._left:

@@ -1,6 +1,6 @@
 """The metrics address: what a scraper gets, and what others get."""
 
-import contextlib
+import errno
 import http.client
 import re
 import socket
@@ -31,12 +31,14 @@ def with_server(ask: Callable[[int], None]) -> None:
 def raw(port: int, request: bytes) -> bytes:
     with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
         answer = b""
-        # It may close with some of the request unread: then sending, or shutting down, fails here as well.
-        with contextlib.suppress(OSError):
+        try:
             connection.sendall(request)
             connection.shutdown(socket.SHUT_WR)
             while part := connection.recv(4096):
                 answer += part
+        except OSError as error:  # it closed with some of the request unread, maybe while that was being sent
+            if error.errno not in (errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN):
+                raise
         return answer
 
 
