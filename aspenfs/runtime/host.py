@@ -235,9 +235,10 @@ class NodeStore(Replacing):
                 self._flush_log()
                 self._flush_state()
         finally:
+            sound = self._failure is None
             self._stop_serving(errors.Closed("the store is closed"))
             self._state.close()
-            self._wal.close()
+            self._wal.close(sync=sound)
 
     def _flush_state(self) -> None:
         """Applies what is committed and trims the log. NoSpace: the next start applies it from the log."""

@@ -479,12 +479,15 @@ class Wal:
             tail.write([(Kind.MARK, 0, self._last_index, b"")], self._last_index)
             self._clean = tail.position
 
-    def close(self) -> None:
-        """Sync (unless the log is dead) and let go of all files. Idempotent."""
+    def close(self, *, sync: bool = True) -> None:
+        """Sync (unless the log is dead) and let go of all files. Idempotent.
+
+        Not `sync`: what entries name may be lost, and then nothing must say that they are durable.
+        """
         if isinstance(self._dead, Closed):
             return
         try:
-            if self._dead is None:
+            if sync and self._dead is None:
                 self.sync()
         finally:
             with self._lock:

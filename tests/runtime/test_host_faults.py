@@ -9,6 +9,7 @@ import trio
 import trio.testing
 
 from aspenfs import errors
+from aspenfs.kv import commands
 from aspenfs.kv.types import Event, delete, put
 from aspenfs.limits import MIB, OVERLAY_BYTES_MAX
 from aspenfs.sim.disk import SimDisk
@@ -66,6 +67,36 @@ def test_a_hook_that_fails_ends_the_store_before_the_log_is_synced(tmp_path: Pat
                     await store.committed()
         assert store.status()["durable"] == 0
         store.close()
+
+    trio.run(main)
+
+
+def test_an_entry_whose_hook_failed_is_dropped_by_the_next_start_if_what_it_names_is_gone(
+    tmp_path: Path,
+) -> None:
+    """Closing must not make it durable: then the node would refuse to start for want of its chunks."""
+    failing = [False]
+
+    def hook() -> None:
+        if failing[0]:
+            raise errors.SyncFailed("chunks")
+
+    async def main() -> None:
+        store = open_store(tmp_path, pre_sync=[hook])
+        with pytest.raises(errors.SyncFailed, match="chunks"):  # noqa: PT012 – as above
+            async with running(store):
+                await store.txn([], [put(b"f/a", b"1")])
+                kept = await store.committed()
+                failing[0] = True
+                await store.txn([], [put(b"f/b", b"2")])
+                with pytest.raises(errors.SyncFailed, match="chunks"):
+                    await store.committed()
+        store.close()
+        again = open_store(tmp_path, verify_entry=lambda command: b"f/b" not in commands.encode(command))
+        assert again.get(b"f/a") is not None
+        assert again.get(b"f/b") is None
+        assert again.revision >= kept
+        again.close()
 
     trio.run(main)
 
