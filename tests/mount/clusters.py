@@ -253,9 +253,11 @@ class Cluster:
     # --- faults ---
 
     def isolate(self, node: Node) -> None:
-        for other in self:
-            if other is not node:
-                self.part(node, other)
+        """Its own messages are lost first, all at once."""
+        others = [other.number for other in self if other is not node]
+        self.network.cut(node.number, *others)
+        for other in others:
+            self.network.cut(other, node.number)
 
     def part(self, one: Node, other: Node) -> None:
         self.network.cut(one.number, other.number)

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -40,8 +41,8 @@ class Network(ABC):
         """What a command begins with to run at the node's place."""
 
     @abstractmethod
-    def cut(self, source: int, target: int) -> None:
-        """From now on nothing of `source` reaches `target`; the other direction stays as it is."""
+    def cut(self, source: int, *targets: int) -> None:
+        """From now on nothing of `source` reaches these; the other direction stays as it is."""
 
     @abstractmethod
     def mend(self) -> None:
@@ -138,9 +139,12 @@ class HostNetwork(Network):
             f"route add default via {_address(254)}\n",
         )
 
-    def _way(self, source: int, target: int, ethernet: str) -> None:
-        entry = f"{_address(target)} lladdr {ethernet} dev eth0 nud permanent"
-        self.hosts[source].run("ip", "neighbor", "replace", *entry.split())
+    def _ways(self, source: int, ethernets: Mapping[int, str]) -> None:
+        lines = [
+            f"neighbor replace {_address(target)} lladdr {ethernet} dev eth0 nud permanent\n"
+            for target, ethernet in ethernets.items()
+        ]
+        self.hosts[source].run("ip", "-batch", "-", stdin="".join(lines))
 
     def listen(self, node: int) -> str:
         return f"{_address(node)}:{PORT}"
@@ -153,17 +157,12 @@ class HostNetwork(Network):
     def started(self, node: int, pid: int) -> None:
         """Its place tells who it is."""
 
-    def cut(self, source: int, target: int) -> None:
-        self._way(source, target, _NOBODY)
+    def cut(self, source: int, *targets: int) -> None:
+        self._ways(source, dict.fromkeys(targets, _NOBODY))
 
     def mend(self) -> None:
         for source in self.nodes:
-            lines = [
-                f"neighbor replace {_address(target)} lladdr {_ethernet(target)} dev eth0 nud permanent\n"
-                for target in self.nodes
-                if target != source
-            ]
-            self.hosts[source].run("ip", "-batch", "-", stdin="".join(lines))
+            self._ways(source, {node: _ethernet(node) for node in self.nodes if node != source})
 
     def close(self) -> None:
         for host in (*self.hosts.values(), self._bridge):
@@ -226,9 +225,9 @@ class ProxyNetwork(Network):
             with contextlib.suppress(OSError):
                 wire.source = self._source(wire.connection)
 
-    def cut(self, source: int, target: int) -> None:
+    def cut(self, source: int, *targets: int) -> None:
         with self._changed:
-            self._cut.add((source, target))
+            self._cut.update((source, target) for target in targets)
 
     def mend(self) -> None:
         with self._changed:

@@ -35,7 +35,7 @@ class Ports(Network):
     def place(self, node: int) -> list[str]:
         return []
 
-    def cut(self, source: int, target: int) -> None:
+    def cut(self, source: int, *targets: int) -> None:
         raise NotImplementedError("ways within a machine are not cut here")
 
     def mend(self) -> None: ...

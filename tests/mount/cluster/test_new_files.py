@@ -19,11 +19,16 @@ ATTEMPTS = 5  # at something that must happen while a lease lasts, on a busy mac
 @pytest.fixture
 def leader(cluster: Cluster) -> Node:
     """A node that leads and was never alone: its kernel asks at each close."""
+    found = cluster.wait_leader()
+    return found if found.number != 1 else lead(cluster, cluster[2])
+
+
+def lead(cluster: Cluster, node: Node) -> Node:
+    """Makes the node the leader."""
     for _ in range(20):
-        found = cluster.wait_leader()
-        if found.number != 1:
-            return found
-        cluster[2].aspen("leader", "transfer", "n2")
+        if cluster.wait_leader() is node:
+            return node
+        node.aspen("leader", "transfer", f"n{node.number}")
         time.sleep(0.2)
     raise AssertionError("leadership does not move")
 
@@ -52,6 +57,7 @@ def test_open_returns_before_others_answer_and_close_does_not(cluster: Cluster, 
     others = [node for node in cluster if node is not leader]
     script = """
 def steps():
+    open('early', 'w').close()  # a mount's first file waits: numbers for its inodes are a commit
     for n in range(100):
         os.listdir('.')  # a read keeps the leader's lease
         yield 'ready'
@@ -64,6 +70,7 @@ def steps():
 """
     script = "import time\n" + script
     for _ in range(ATTEMPTS):
+        lead(cluster, leader)
         with holding(leader, script) as step:
             assert step() == "ready"
             for node in others:
@@ -102,6 +109,7 @@ def test_if_another_host_makes_the_name_meanwhile_close_says_so(cluster: Cluster
     script = """
 def steps():
     n = 0
+    open('mine', 'w').close()  # a mount's first file waits: numbers for its inodes are a commit
     while True:
         os.listdir('.')
         yield 'ready'
@@ -119,6 +127,7 @@ def steps():
 """
     with holding(leader, "import time\n" + script) as step:
         for attempt in range(ATTEMPTS):
+            lead(cluster, leader)
             assert step() == "ready"
             cluster.isolate(leader)
             healing = threading.Timer(6, cluster.mend)  # if it waits after all
