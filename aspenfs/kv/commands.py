@@ -204,7 +204,7 @@ def _check_compare(target: int, operator: int, key: bytes, operand: Any) -> None
 
 def _check_operation(operation: Operation) -> None:
     code = operation[0]
-    if code == types.PUT:
+    if code == types.PUT or code == types.UPDATE:
         _, key, value, lease, attributes = operation
         _check_key(key)
         if type(value) is not bytes or len(value) > VALUE_BYTES_MAX:
@@ -213,7 +213,7 @@ def _check_operation(operation: Operation) -> None:
             check_natural(lease)
             if len(key) > _LEASED_KEY_BYTES_MAX:
                 raise errors.NameTooLong(f"a key of {len(key)} bytes with a lease")
-        if attributes is not None:
+        if attributes is not None or code == types.UPDATE:
             _check_attributes(attributes)
     elif code == types.MERGE:
         _, key, edits = operation

@@ -19,6 +19,7 @@ from aspenfs.kv.types import (
     MERGE,
     NO_ATTRIBUTES,
     PUT,
+    UPDATE,
     Compare,
     Event,
     Operation,
@@ -29,7 +30,7 @@ from aspenfs.limits import TXN_DELETED_KEYS_MAX
 
 _new = tuple.__new__
 _INT64 = Struct("<q")
-_WRITES = (PUT, MERGE)
+_WRITES = (PUT, MERGE, UPDATE)
 Known = dict[bytes, Record | None]
 
 
@@ -86,7 +87,9 @@ def run(
                 value, attributes = apply_edits(value, attributes, operation[2])
             else:
                 _, _, value, lease, given = operation
-                if given is not None:
+                if code == UPDATE:
+                    attributes = changed_attributes(attributes, given)
+                elif given is not None:
                     attributes = changed_attributes(NO_ATTRIBUTES, given)
                 if lease:
                     leases.require(state, lease)
@@ -135,7 +138,7 @@ def removal(state: State, index: int, doomed: Sequence[bytes], result: int | Non
 
 
 def _other(state: State, before: Known, after: Known, operation: Operation) -> Any:
-    """Runs an operation that is not a put or merge; its response."""
+    """Runs an operation that is no write of one key; its response."""
     match operation:
         case (types.DELETE, key):
             if _current(state, before, after, key) is None:

@@ -72,7 +72,7 @@ def compare_field(key: bytes, offset: int, operator: int, number: int) -> Compar
 
 
 # --- operations ---
-PUT, DELETE, DELETE_RANGE, MERGE, GET, RANGE = range(1, 7)
+PUT, DELETE, DELETE_RANGE, MERGE, GET, RANGE, UPDATE = range(1, 8)
 Operation = tuple[Any, ...]
 
 # edits of a MERGE, evaluated at apply in the order given
@@ -83,6 +83,11 @@ Edit = tuple[Any, ...]
 def put(key: bytes, value: bytes, lease: int = 0, attributes: Attributes | None = None) -> Operation:
     """Sets value and lease; `attributes` None keeps those that the key has."""
     return (PUT, key, value, lease, attributes)
+
+
+def update(key: bytes, value: bytes, lease: int, changes: Attributes) -> Operation:
+    """Sets value and lease, and lays `changes` over the attributes that the key has (`set_attributes`)."""
+    return (UPDATE, key, value, lease, changes)
 
 
 def delete(key: bytes) -> Operation:

@@ -203,41 +203,48 @@ class _Connection:
                 continue
             command = self._commands.get(request.method)
             if command is not None and command.ordered and not self._store.alone:
-                # Among others its place is certain when it is committed: nothing is left to do beside it.
-                await self._run(request, _nothing)
+                # Among others its place is certain when it is committed: nothing is left to do beside it,
+                # and nobody can cancel it, because what comes behind it is not read yet.
+                await self._answer(request, *await self._outcome(request, command, _nothing))
                 continue
             accepted = trio.Event()
-            nursery.start_soon(self._run, request, accepted.set)
+            nursery.start_soon(self._run, request, command, accepted.set)
             await accepted.wait()
 
-    async def _run(self, request: protocol.Request, accepted: Callable[[], None]) -> None:
-        async def send_item(value: Any) -> None:
-            await self.send({"id": request.id, "item": value})
-            await trio.lowlevel.checkpoint()  # others get their turn between two pages
-
-        error: errors.AspenError | None = None
+    async def _run(self, request: protocol.Request, command: Command | None,
+                   accepted: Callable[[], None]) -> None:
         result: Any = None
+        error: errors.AspenError | None = None
         with trio.CancelScope() as scope:
             self._running[request.id] = scope
             try:
-                command = self._commands.get(request.method)
-                if command is None:
-                    raise errors.NotSupported(f"this daemon has no control method {request.method!r}")
-                if not command.ordered:
+                if command is None or not command.ordered:
                     accepted()
-                call = Call(request.params, self.client, self.uid, send_item, accepted)
-                result = await command.handler(call)
-            except errors.AspenError as raised:
-                error = raised
-            except Exception:
-                log.exception("control: method=%s failed", request.method)
-                error = errors.RemoteFailure(f"the daemon failed at {request.method}; its log has the cause")
+                result, error = await self._outcome(request, command, accepted)
             finally:
                 del self._running[request.id]
                 accepted()
         if scope.cancelled_caught:
             error = errors.Closed("cancelled")
         await self._answer(request, result, error)
+
+    async def _outcome(self, request: protocol.Request, command: Command | None,
+                       accepted: Callable[[], None]) -> tuple[Any, errors.AspenError | None]:
+        """The result, or the error that the client is told."""
+        async def send_item(value: Any) -> None:
+            await self.send({"id": request.id, "item": value})
+            await trio.lowlevel.checkpoint()  # others get their turn between two pages
+
+        try:
+            if command is None:
+                raise errors.NotSupported(f"this daemon has no control method {request.method!r}")
+            call = Call(request.params, self.client, self.uid, send_item, accepted)
+            return await command.handler(call), None
+        except errors.AspenError as error:
+            return None, error
+        except Exception:
+            log.exception("control: method=%s failed", request.method)
+            return None, errors.RemoteFailure(f"the daemon failed at {request.method}; its log has the cause")
 
     async def _answer(self, request: protocol.Request, result: Any, error: errors.AspenError | None) -> None:
         if error is None:

@@ -242,11 +242,8 @@ class _Keys:
         call.accepted()
         await self._store.committed(result.revision)
         responses = []
-        given = iter(result.responses)
-        for number, operation in enumerate(then if result.succeeded else else_):
-            response = next(given)
-            if operation[0] == types.PUT:
-                next(given)  # that of its stamp
+        ran = then if result.succeeded else else_
+        for number, (operation, response) in enumerate(zip(ran, result.responses, strict=True)):
             found = _found(operation, response)
             for page in _pages(found):
                 await call.item({"response": number, "records": page})
@@ -256,21 +253,17 @@ class _Keys:
     def _stamped(self, operations: Sequence[Operation]) -> list[Operation]:
         """The operations, with the time of the change for who looks at the keys as files.
 
-        `put` alone would keep the attributes of the key as they are, or drop the mode and owner that
-        it has in a mount; so an edit of them follows it.
+        The mode and owner that a key has in a mount stay, so a `put` becomes an `update`.
         """
-        edit = types.set_attributes(stamp(self._clock.time_ns()))
+        changes = stamp(self._clock.time_ns())
         stamped: list[Operation] = []
         for operation in operations:
-            if operation[0] == types.MERGE:
-                stamped.append(types.merge(operation[1], *operation[2], edit))
-                continue
-            stamped.append(operation)
             if operation[0] == types.PUT:
-                stamped.append(types.merge(operation[1], edit))
-        if len(stamped) > TXN_OPS_MAX:
-            raise errors.TxnTooLarge(f"{len(stamped)} operations, a put counting as two; the most is "
-                                     f"{TXN_OPS_MAX}")
+                _, key, value, lease, _ = operation
+                operation = types.update(key, value, lease, changes)
+            elif operation[0] == types.MERGE:
+                operation = types.merge(operation[1], *operation[2], types.set_attributes(changes))
+            stamped.append(operation)
         return stamped
 
     async def delete_range(self, call: Call) -> Any:

@@ -36,6 +36,7 @@ from aspenfs.kv.types import (
     range_,
     range_empty,
     set_attributes,
+    update,
 )
 from aspenfs.limits import (
     ATTRIBUTE_BYTES_MAX,
@@ -257,6 +258,29 @@ class TxnCases(Suite):
         assert list(record.attributes) == ["a", "x", "z"], "in order: equal records have equal bytes"
 
     @case
+    async def test_an_update_sets_value_and_lease_and_lays_attributes_over_those_that_are_there(
+        self, subject: Subject
+    ) -> None:
+        store = subject.store
+        await store.lease_grant(60_000, 1)
+        await store.txn([], [put(b"k/a", b"v", 1, {"x": 1, "y": b"2"})])
+        await store.txn([], [update(b"k/a", b"w", 0, {"y": b"", "z": "3", "a": 4})])
+        record = store.get(b"k/a")
+        assert record is not None
+        assert (record.value, record.version, record.lease) == (b"w", 2, 0)
+        assert record.attributes == {"x": 1, "z": "3", "a": 4}
+        assert list(record.attributes) == ["a", "x", "z"], "in order: equal records have equal bytes"
+        made = await store.txn([], [update(b"k/b", b"n", 1, {"x": 1})])
+        record = store.get(b"k/b")
+        assert record is not None
+        assert record[:5] == (b"n", made.revision, made.revision, 1, 1)
+        await store.lease_revoke(1)
+        assert store.get(b"k/a") is not None, "the update took it off its lease"
+        assert store.get(b"k/b") is None
+        with pytest.raises(errors.LeaseNotFound):
+            await store.txn([], [update(b"k/b", b"n", 1, {})])
+
+    @case
     async def test_a_number_that_leaves_64_bits_is_refused_and_nothing_happens(
         self, subject: Subject
     ) -> None:
@@ -338,6 +362,7 @@ class TxnCases(Suite):
         for operation in (
             merge(b"k/a", set_attributes({"other": 1})),
             put(b"k/a", b"", 0, {**most, "more": 1}),
+            update(b"k/a", b"", 0, {"other": 1}),
             put(b"k/a", b"", 0, {"x": bytes(ATTRIBUTE_BYTES_MAX + 1)}),
         ):
             with pytest.raises(errors.TooLarge):

@@ -26,6 +26,7 @@ from aspenfs.kv.types import (
     range_,
     range_empty,
     set_attributes,
+    update,
 )
 from aspenfs.limits import LEASE_TTL_MS_MAX, TXN_BYTES_MAX, VALUE_BYTES_MAX
 
@@ -36,6 +37,7 @@ TXN_BODY = (
         put(b"k/a", b"value", 9, {"mode": 1, "text": "t", "raw": b"r"}),
         merge(b"f/a", patch(1, b"p"), append(b"a"), add(0, -1), max_(8, 2), cut(3)),
         merge(b"f/a", set_attributes({"x": b""})),
+        update(b"k/a", b"value", 9, {"mode": b"", "text": "t"}),
         delete(b"k/c"),
         delete_range(b"k/d", b""),
     ),
@@ -109,6 +111,10 @@ def _packed(*fields: Any) -> bytes:
         _packed(1, commands.TXN, 1, None, ((), ((1, b"\x00l", b"", 0, None),), ())),
         _packed(1, commands.TXN, 1, None, ((), ((1, b"k/a", b"", 0, ()),), ())),
         _packed(1, commands.TXN, 1, None, ((), ((4, b"k/a", 5),), ())),
+        _packed(1, commands.TXN, 1, None, ((), ((7, b"k/a", b"", 0, None),), ())),
+        _packed(1, commands.TXN, 1, None, ((), ((7, b"k/a", "", 0, {}),), ())),
+        _packed(1, commands.TXN, 1, None, ((), ((7, b"k/a", b"", -1, {}),), ())),
+        _packed(1, commands.TXN, 1, None, ((), ((8, b"k/a", b"", 0, {}),), ())),
         _packed(1, commands.TXN, 1, None, ((), ((4, b"k/a", ((3, 1 << 62, 1),)),), ())),
         _packed(1, commands.TXN, 1, (b"short", 1), ((), (), ())),
         _packed(1, commands.TXN, 1, (CLIENT,), ((), (), ())),

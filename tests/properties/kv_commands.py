@@ -25,6 +25,7 @@ from aspenfs.kv.types import (
     range_,
     range_empty,
     set_attributes,
+    update,
 )
 
 # Few keys, so that they meet; with the bytes that escaping must get right.
@@ -64,6 +65,7 @@ edits = st.one_of(
 )
 operations = st.one_of(
     st.builds(put, keys, values, leases, st.one_of(st.none(), attributes)),
+    st.builds(update, keys, values, leases, attributes),
     st.builds(lambda key, some: merge(key, *some), keys, st.lists(edits, max_size=4)),
     st.builds(delete, keys),
     st.builds(delete_range, bounds, bounds),

@@ -70,6 +70,12 @@ class Model:
                 row[0], row[4] = value, lease
                 if attributes is not None:
                     row[6] = {name: held for name, held in attributes.items() if held != b""}
+            case (types.UPDATE, key, value, lease, changes):
+                if lease and lease not in self.leases:
+                    raise Refused
+                row = self._row(index, key)
+                row[0], row[4] = value, lease
+                self._edit(row, (types.ATTRIBUTES, changes))
             case (types.MERGE, key, edits):
                 row = self._row(index, key)
                 for edit in edits:
