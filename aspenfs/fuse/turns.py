@@ -4,6 +4,10 @@ Nouns. A *worker* is one `_session_loop` task of pyfuse3. One worker is the *hol
 requests, and it keeps reading until a handler of its own really suspends; then another one becomes the
 holder. A *visit* is the holder's trip through trio's scheduler, which lets the other tasks run. When to
 visit is decided in `idle.py`; how all this gets into pyfuse3, in `loop.py`.
+
+A holder that has waited for DOZE_S *dozes*: trio waits for the descriptor, as for any other, until a request
+comes. Else each turn of the loop of a daemon that does other work, such as following a leader, would pass
+through the holder, and would cost a third more.
 """
 
 import errno
@@ -18,6 +22,8 @@ import trio
 from aspenfs.fuse.idle import Runnable, Waiter, private_parts_missing
 
 SessionLoop = Callable[..., Coroutine[Any, Any, None]]
+DOZE_S: Final = 0.01
+_SETTLING_VISITS: Final = 2
 _NO_STEPS: Final = cast("Generator[Any, Any, None]", iter(()))  # exhausted for good, so it can be shared
 
 
@@ -60,10 +66,12 @@ class Session:
         self._closing = False
         self._runnable = Runnable()
         self._waiter: Waiter | None = None
+        self._watching = False  # the instrument is there
+        self._settling = 0  # visits until it has seen every task that is runnable
         self.direct = False
         self.cause: str | None = None  # why not `direct`
         self._fd = -1
-        self.hand_overs = self.visits = self.empty_reads = 0
+        self.hand_overs = self.visits = self.dozes = self.empty_reads = 0
 
     async def open(self, nursery: trio.Nursery) -> None:
         self.nursery = nursery
@@ -71,18 +79,12 @@ class Session:
         if self.cause is not None:
             return
         self.direct = True
-        trio.lowlevel.add_instrument(self._runnable)
-        # Tasks that were scheduled before the instrument was there get their step within two passes;
-        # from then on an empty set means that nothing is runnable.
-        for _ in range(2):
-            await trio.lowlevel.cancel_shielded_checkpoint()
 
     def close(self) -> None:
         self._unborn.clear()
         if self._waiter is not None:
             self._waiter.close()
-        if self.direct:
-            trio.lowlevel.remove_instrument(self._runnable)
+        self._watch(watching=False)
 
     # --- workers ---
 
@@ -195,7 +197,7 @@ class Session:
             return trio.lowlevel.wait_readable(fd)  # noqa: ASYNC105 – pyfuse3 awaits it
         worker = self._holder
         assert worker is not None
-        if waiter.readable(worker.task):
+        if not self._settling and waiter.readable(worker.task):
             return _DONE
         return self._visit(waiter, worker.task)
 
@@ -204,16 +206,42 @@ class Session:
         os.set_blocking(fd, False)  # a read must never stop the whole process, see `_is_empty_read`
         if self.direct:
             self._waiter = Waiter(fd, self._runnable.tasks, self.spin_us, self.hush)
+            self._watch(watching=True)
+
+    def _watch(self, *, watching: bool) -> None:
+        """Tasks that were scheduled before the instrument was there get their step within two passes; from
+        then on an empty set means that nothing is runnable."""
+        if watching and not self._watching:
+            trio.lowlevel.add_instrument(self._runnable)
+            self._settling = _SETTLING_VISITS
+        elif self._watching and not watching:
+            trio.lowlevel.remove_instrument(self._runnable)
+            self._runnable.tasks.clear()
+        self._watching = watching
 
     async def _visit(self, waiter: Waiter, task: trio.lowlevel.Task) -> None:
+        doze_s = monotonic() + DOZE_S
         while True:
             self.visits += 1
             await trio.lowlevel.checkpoint()
             waiter.visited_s = monotonic()
             if self._closing:
                 raise trio.ClosedResourceError("the FUSE session ends")
-            if waiter.readable(task):
+            if self._settling:
+                self._settling -= 1
+            elif waiter.readable(task):
                 return
+            elif waiter.visited_s > doze_s:
+                await self._doze(waiter)
+                return
+
+    async def _doze(self, waiter: Waiter) -> None:
+        """Until a request comes."""
+        self.dozes += 1
+        self._watch(watching=False)
+        await trio.lowlevel.wait_readable(self._fd)
+        waiter.visited_s = monotonic()
+        self._watch(watching=True)
 
     def notify_closing(self, fd: int) -> None:
         """`pyfuse3.terminate` was called: the holder finds the session ended, and so do its successors."""

@@ -93,6 +93,30 @@ def test_workers_that_pyfuse3_retires_leave_someone_reading(mountpoint: Path) ->
         toy.run_in_mount("os.stat(m)")
 
 
+@SPINS
+def test_a_mount_that_nobody_uses_costs_the_rest_of_the_daemon_nothing(mountpoint: Path, spin: str) -> None:
+    with ToyDaemon(mountpoint, "--spin-us", spin) as toy:
+        toy.run_in_mount("os.stat(m)")
+        time.sleep(10 * turns.DOZE_S)
+        before = toy.ask("cpu")
+        assert before["dozes"] >= 1
+        for _ in range(50):  # each wakes the loop
+            toy.ask("cpu")
+        after = toy.ask("cpu")
+        assert (after["visits"], after["dozes"]) == (before["visits"], before["dozes"])
+
+
+@SPINS
+def test_whoever_wakes_a_mount_that_dozes_is_served(mountpoint: Path, spin: str) -> None:
+    code = f"for _ in range(20):\n    time.sleep({3 * turns.DOZE_S})\n    os.path.exists(m + '/none')"
+    with ToyDaemon(mountpoint, "--spin-us", spin) as toy:
+        before = toy.ask("cpu")["dozes"]
+        toy.run_in_mount("import time\n" + code)
+        assert toy.ask("cpu")["dozes"] - before >= 20
+        _slow_lookups(toy, clients=4, sleep_ms=5, rounds=20)  # and turns change hands as before
+        assert toy.ask("cpu")["asleep_max"] == 4
+
+
 def test_many_clients_get_every_answer(mountpoint: Path) -> None:
     """Create, write, read back, unlink from four processes, some lookups suspended in between."""
     code = """

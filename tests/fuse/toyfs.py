@@ -212,6 +212,7 @@ async def _obey(operations: ToyOperations, lateness: Lateness, notifier: Notifie
                         held=operations.held,
                         hand_overs=session.hand_overs if session else 0,
                         visits=session.visits if session else 0,
+                        dozes=session.dozes if session else 0,
                     )
                 case [b"lateness"]:
                     _answer(
