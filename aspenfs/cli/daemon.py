@@ -30,7 +30,7 @@ from aspenfs.cli.ready import OPTIONS_VARIABLE, ready_fd, report, sd_notify
 from aspenfs.cli.telemetry import describe
 from aspenfs.cli.upkeep import Upkeep
 from aspenfs.cluster.types import NodeId
-from aspenfs.filesystem.layout import named_digests
+from aspenfs.filesystem.layout import BLOB_PREFIX, named_digests
 from aspenfs.filesystem.volume import Volume
 from aspenfs.fuse.loop import SPIN_US
 from aspenfs.fuse.notifier import Notifier
@@ -170,7 +170,7 @@ class Node:
         )
         self.members.lacking = lambda node: replicator.lacking(NodeId(node))
         store.before_propose = replicator.before_propose
-        store.observe(replicator.observe)
+        store.observe(replicator.observe, (BLOB_PREFIX[:2],))
         store.replaced.append(replicator.state_replaced)
 
     # --- ports that the floors below are given ---
@@ -258,7 +258,7 @@ class Node:
                 await nursery.start(partial(control.serve, str(self.directory.control_socket)))
                 await self._formatted()
                 self.volume.tasks = Tasks(nursery)
-                self.store.observe(self.observe)
+                self.store.observe(self.observe, self.filesystem.keyspaces)
                 await self.beside.start()
                 orphans = self.files.orphans.recover()
                 log.info("state is open revision=%d orphans=%d", self.store.revision, orphans)

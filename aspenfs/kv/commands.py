@@ -32,6 +32,8 @@ _HISTORY_KEY_BYTES_MAX = KEY_BYTES_MAX + 2
 _LEASED_KEY_BYTES_MAX = STORE_KEY_BYTES_MAX - 10  # its attachment adds a prefix and the lease id
 _INT64_MIN, _INT64_MAX = -(1 << 63), (1 << 63) - 1
 
+_packer = msgpack.Packer()  # one for all: a new one costs as much as a command
+
 TxnBody = tuple[Sequence[Compare], Sequence[Operation], Sequence[Operation]]
 
 
@@ -50,7 +52,7 @@ def encode(command: Command) -> bytes:
     """The bytes that go into the log. InvalidArgument for what has no encoding."""
     kind, time_ns, dedup, body = command
     try:
-        packed: bytes = msgpack.packb((FORMAT, kind, time_ns, dedup, body))
+        packed: bytes = _packer.pack((FORMAT, kind, time_ns, dedup, body))
     except (TypeError, ValueError, OverflowError) as error:
         raise errors.InvalidArgument(f"command cannot be encoded: {error}") from error
     return packed

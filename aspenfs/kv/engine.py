@@ -10,7 +10,7 @@ All methods run in one thread. None suspends but the two marked async, so each i
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import islice
 
@@ -61,8 +61,8 @@ class Engine:
         self._last = index
         self._uncommitted: deque[Batch] = deque()
         self._hub = Hub(self.overlay, index, event_factory)
-        self._observers: tuple[Observer, ...] = ()
-        self._observer_entries: list[list[Observer]] = []
+        self._observers: list[tuple[Observer, Collection[bytes]]] = []
+        self._hearers: dict[bytes, list[Observer]] = {}  # by keyspace, as far as it was asked for
         self._waiters: list[tuple[int, int, _Waiter]] = []  # a heap; the number keeps order among equals
         self._waited = 0
         self._closed: errors.AspenError | None = None
@@ -141,7 +141,7 @@ class Engine:
             return
         self.overlay.stage(index, effects)
         if len(effects) != len(events):
-            self._note(effects)
+            self._note(effects[len(events) :])
         if events:
             self._uncommitted.append(_new(Batch, (index, events)))
             if self._observers:
@@ -222,7 +222,7 @@ class Engine:
 
     def _notify(self, index: int, events: Sequence[Event], origin: object) -> None:
         failure = None
-        for observer in self._observers:
+        for observer in self._heard_by(events):
             try:
                 observer(index, events, origin)
             except Exception as error:  # the entry stands, and the others must hear of it
@@ -232,6 +232,21 @@ class Engine:
         if failure is not None and self._observer_failed is None:
             raise failure
 
+    def _heard_by(self, events: Sequence[Event]) -> Sequence[Observer]:
+        """The observers who want to hear of these, in order."""
+        spaces = {event[0][:2] for event in events}
+        if len(spaces) == 1:
+            (space,) = spaces
+            heard = self._hearers.get(space)
+            if heard is None:
+                heard = self._hearers[space] = self._who_wants(spaces)
+            return heard
+        return self._who_wants(spaces)
+
+    def _who_wants(self, spaces: Collection[bytes]) -> list[Observer]:
+        return [observer for observer, wanted in self._observers
+                if not wanted or any(space in wanted for space in spaces)]  # fmt: skip
+
     def _recall(self) -> None:
         """What is kept in memory beside the state, read from it again."""
         self._history: deque[int] = deque()  # revisions that changed a key with history
@@ -240,10 +255,8 @@ class Engine:
             self._history.append(int.from_bytes(key[2:], "big"))
 
     def _note(self, effects: Sequence[Effect]) -> None:
-        """Keeps what is held in memory true after effects on internal keys."""
+        """Keeps what is held in memory true after effects on internal keys: those behind the events'."""
         for key, record in effects:
-            if key >= keys.USER_START:
-                continue
             kind = key[:2]
             if kind == keys.CHANGED_AT:
                 if record is not None:
@@ -330,16 +343,16 @@ class Engine:
         """
         return self._hub.watch(start, end, from_revision)
 
-    def observe(self, observer: Observer) -> Callable[[], None]:
+    def observe(self, observer: Observer, keyspaces: Collection[bytes] = ()) -> Callable[[], None]:
         """See Store.observe. When accepted work is lost, observers get what is visible instead, with the
         revision that it fell back to. It must not submit commands."""
-        entry = [observer]
-        self._observer_entries.append(entry)
-        self._observers = tuple(one[0] for one in self._observer_entries)
+        entry = observer, keyspaces
+        self._observers.append(entry)
+        self._hearers.clear()
 
         def end() -> None:
-            self._observer_entries[:] = [one for one in self._observer_entries if one is not entry]
-            self._observers = tuple(one[0] for one in self._observer_entries)
+            self._observers = [one for one in self._observers if one is not entry]
+            self._hearers.clear()
 
         return end
 

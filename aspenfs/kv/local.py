@@ -3,7 +3,7 @@
 For tests and simulation. It passes the same conformance suite as the stores with a log.
 """
 
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 
 from aspenfs import errors
 from aspenfs.kv import commands
@@ -72,8 +72,8 @@ class LocalStore:
     async def committed(self, revision: int | None = None) -> int:
         return await self.engine.committed(revision)
 
-    def observe(self, observer: Observer) -> Callable[[], None]:
-        return self.engine.observe(observer)
+    def observe(self, observer: Observer, keyspaces: Collection[bytes] = ()) -> Callable[[], None]:
+        return self.engine.observe(observer, keyspaces)
 
     def watch(self, start: bytes, end: bytes, *, from_revision: int | None = None) -> AsyncIterator[Batch]:
         return self.engine.watch(start, end, from_revision=from_revision)

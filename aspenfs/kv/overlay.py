@@ -22,14 +22,15 @@ _STALE_KEYS_MAX = 1_024
 
 
 class Overlay:
-    """A `State` made of a base and the effects staged on it."""
+    """A `State` made of a base and the effects staged on it. Each record that is staged under a key is an
+    object of its own: by that it is known again."""
 
     __slots__ = ("_base", "_base_get", "_entries", "_fresh", "_order", "_settles", "_staged", "bytes")
 
     def __init__(self, base: State) -> None:
         self._base = base
         self._base_get = base.get
-        self._staged: dict[bytes, tuple[int, Record | None]] = {}  # newest effect per key, with its index
+        self._staged: dict[bytes, Record | int] = {}  # newest effect per key; a deletion is its index
         self._entries: deque[tuple[int, Sequence[Effect], int]] = deque()  # (index, effects, bytes)
         # Keys in order, made when a walk needs them: `_fresh` are not yet in it, and it may hold keys
         # that are no longer staged.
@@ -40,7 +41,9 @@ class Overlay:
 
     def get(self, key: bytes) -> Record | None:
         staged = self._staged.get(key)
-        return self._base_get(key) if staged is None else staged[1]
+        if staged is None:
+            return self._base_get(key)
+        return None if type(staged) is int else staged  # type: ignore[return-value]
 
     def items(self, start: bytes, end: bytes, *, reverse: bool = False) -> Iterator[tuple[bytes, Record]]:
         """As State.items. What is there throughout the walk is given once, whatever happens meanwhile."""
@@ -55,9 +58,11 @@ class Overlay:
         for key, record in effects:
             if key not in staged:
                 self._fresh.append(key)
-            staged[key] = (index, record)
             size += len(key) + _ENTRY_BYTES
-            if record is not None:
+            if record is None:
+                staged[key] = index
+            else:
+                staged[key] = record
                 size += len(record[0])
         self._entries.append((index, effects, size))
         self.bytes += size
@@ -68,9 +73,12 @@ class Overlay:
         while entries and entries[0][0] <= index:
             at, effects, size = entries.popleft()
             self.bytes -= size
-            for key, _ in effects:
-                newest = staged.get(key)
-                if newest is not None and newest[0] <= at:
+            for key, record in effects:
+                if record is None:
+                    newest = staged.get(key)
+                    if type(newest) is int and newest <= at:
+                        del staged[key]
+                elif staged.get(key) is record:
                     del staged[key]
         self._settles += 1
         self._trim_order()
@@ -87,7 +95,7 @@ class Overlay:
         self._staged.clear()
         for at, effects, _ in entries:
             for key, record in effects:
-                self._staged[key] = (at, record)
+                self._staged[key] = at if record is None else record
         self._settles += 1
         self._trim_order()
         return sorted(lost.items(), key=_key_of)
@@ -141,7 +149,7 @@ class Overlay:
                         found = None
                     newest = staged.get(key)
                     if newest is not None:
-                        found = newest[1]
+                        found = None if type(newest) is int else newest  # type: ignore[assignment]
                     mine = next(over, None)
                 if reverse:
                     end = key

@@ -24,7 +24,8 @@ class State(Protocol):
 class Outcome(NamedTuple):
     """What a command does: its result, at most one effect per key, and the events of user keys.
 
-    An error as `result` is raised to the proposer; there are no effects then.
+    An error as `result` is raised to the proposer; there are no effects then. Effects on user keys come
+    first, in the order of their events; behind them are those on internal keys.
     """
 
     result: TxnResult | int | AspenError | None

@@ -11,7 +11,7 @@ returns when it is durable on a majority and applied (it survives the loss of po
 Every implementation passes `tests/kv/conformance.py`.
 """
 
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from typing import Protocol
 
 from aspenfs.kv.types import Batch, Compare, Event, Operation, Record, TxnResult
@@ -91,9 +91,12 @@ class Store(Protocol):
     async def committed(self, revision: int | None = None) -> int:
         """Waits until `revision` (default: all accepted so far) is committed; the revision committed."""
 
-    def observe(self, observer: Observer) -> Callable[[], None]:
+    def observe(self, observer: Observer, keyspaces: Collection[bytes] = ()) -> Callable[[], None]:
         """Calls `observer(revision, events, origin)` in order for every change visible here, at
-        once and synchronously; the returned function ends it. For cache coherence on this node."""
+        once and synchronously; the returned function ends it. For cache coherence on this node.
+
+        `keyspaces`, by the two bytes with which their keys begin: only for changes that have a key in one
+        of them; it gets all events of those."""
 
     def watch(self, start: bytes, end: bytes, *, from_revision: int | None = None) -> AsyncIterator[Batch]:
         """Committed changes in [start, end), one batch per revision, never split, never a gap.

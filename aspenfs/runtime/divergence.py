@@ -149,7 +149,7 @@ class Divergence:
         peers.handle(CHECKPOINT, self._tell)
         peers.handle(COMPARE, self._answer)
         checkpoints.digested.append(lambda _: self._look_at_own())
-        store.observe(self._observe)
+        store.observe(self._observe, (ROW_KEY[:2],))
         store.replaced.append(self._replaced)
         self._read_row()
 

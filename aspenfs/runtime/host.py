@@ -18,7 +18,7 @@ accepted (`revision`) >= committed (durable on a majority) >= applied (in the st
 
 import logging
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -280,8 +280,8 @@ class NodeStore(Replacing):
     async def fence(self, revision: int) -> None:
         await self.committed(revision)
 
-    def observe(self, observer: Observer) -> Callable[[], None]:
-        return self.engine.observe(observer)
+    def observe(self, observer: Observer, keyspaces: Collection[bytes] = ()) -> Callable[[], None]:
+        return self.engine.observe(observer, keyspaces)
 
     def watch(self, start: bytes, end: bytes, *, from_revision: int | None = None) -> AsyncIterator[Batch]:
         if not start.startswith(quarantine.OWN_ROWS):

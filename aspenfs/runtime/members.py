@@ -79,7 +79,7 @@ class Members:
         self.requests: Requests | None = None
         # How many chunks of files a node lacks, and whether that is all (`BlobReplicator.lacking`).
         self.lacking: Callable[[int], Awaitable[tuple[int, bool]]] | None = None
-        store.observe(self._observe)
+        store.observe(self._observe, (PREFIX[:2],))
         consensus.configuration_changed.append(lambda _: self._tell())
 
     def _observe(self, revision: int, events: Sequence[Event], origin: object) -> None:

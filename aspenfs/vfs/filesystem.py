@@ -93,6 +93,11 @@ class FileSystem:
         self.listings, self._breathe = Listings(breathe), breathe
         self.root_tree = RootTree(trees, now_ns)
         self.trees: list[Tree] = [self.root_tree, *trees]
+        self.concerned: dict[bytes, list[Tree]] = {}  # by keyspace of the store
+        for tree in trees:
+            for keyspace in tree.keyspaces:
+                self.concerned.setdefault(keyspace, []).append(tree)
+        self.keyspaces = tuple(self.concerned)
         self.numbers = {id(tree): index << NODE_BITS for index, tree in enumerate(self.trees)}
         self.root: tuple[Tree, int] = (self.root_tree, ROOT_INODE)
         self.root_number = ROOT_INODE  # what the root would be called, were it not the root
@@ -431,7 +436,7 @@ class FileSystem:
         if own and self.coherence.store.alone:
             return
         for event in events:
-            for tree in self.trees:
+            for tree in self.concerned.get(event[0][:2], ()):
                 tree.noticed(event, own)
                 if not own:
                     for touched in tree.touched(event):

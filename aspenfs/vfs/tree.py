@@ -10,7 +10,7 @@ not need the network must not suspend: the fast path of the daemon depends on it
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
 from aspenfs import errors
@@ -140,6 +140,7 @@ class Tree:
     attr_timeout_s: float = 1.0
     negative_timeout_s: float = 0.0
     writable = False
+    keyspaces: Collection[bytes] = ()  # of the store, by their two first bytes, whose changes concern it
     shared = True  # it shows the store: what other hosts have committed is waited for
 
     # A write may return before it is committed: each close(2) asks for its outcome (`OpenFile.flush`).

@@ -63,6 +63,7 @@ class FilesTree(Tree):
 
     name = "files"
     root = layout.ROOT
+    keyspaces = (layout.INODE_PREFIX[:2],)
     writable = True
     entry_timeout_s = attr_timeout_s = negative_timeout_s = 3600.0  # all changes pass through this daemon
 

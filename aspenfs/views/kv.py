@@ -24,7 +24,7 @@ from aspenfs.views.kv_listing import list_names
 from aspenfs.views.kv_nodes import ROOT, DirectoryNode, FileNode
 from aspenfs.views.kv_paths import levels
 from aspenfs.views.kv_rename import rename
-from aspenfs.views.kv_space import CONFLICTS_MAX, MARKERS, Change, KeySpace
+from aspenfs.views.kv_space import CONFLICTS_MAX, KEYS, MARKERS, Change, KeySpace
 from aspenfs.views.kv_touched import touched
 
 
@@ -33,6 +33,7 @@ class KVTree(Tree):
 
     name = "kv"
     root = ROOT
+    keyspaces = (KEYS, MARKERS)
     writable = True
 
     def __init__(self, store: Store, clock: Clock, uid: int = 0, gid: int = 0,

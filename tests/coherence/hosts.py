@@ -11,7 +11,7 @@ decided by a seed, in virtual time (`trio.testing.MockClock`), so a run that fai
 """
 
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -239,8 +239,8 @@ class HostStore:
     async def committed(self, revision: int | None = None) -> int:
         return await self.engine.committed(revision)
 
-    def observe(self, observer: Observer) -> Callable[[], None]:
-        return self.engine.observe(observer)
+    def observe(self, observer: Observer, keyspaces: Collection[bytes] = ()) -> Callable[[], None]:
+        return self.engine.observe(observer, keyspaces)
 
     def watch(self, start: bytes, end: bytes, *, from_revision: int | None = None) -> AsyncIterator[Batch]:
         return self.engine.watch(start, end, from_revision=from_revision)

@@ -430,10 +430,10 @@ def test_a_state_that_was_replaced_makes_all_doubtful() -> None:
         ino = await a.make(b"f", b"data")
         await b.fs.lookup(b.files, b"f")
         fh, file, _ = await b.fs.open(ino, 0, CALLER)
-        observers, b.store.engine._observers = b.store.engine._observers, ()
+        b.store.engine._hearers[b"f/"] = []
         await a.fs.unlink(a.files, b"f")
         await b.caught_up()
-        b.store.engine._observers = observers
+        b.store.engine._hearers.clear()
         b.fs.replaced()
         assert b.noted.all == 1
         await trio.sleep(30)

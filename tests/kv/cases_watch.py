@@ -1,6 +1,6 @@
 """Cases of the conformance suite: watches, live and resumed, and the observers of this node."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 
 import pytest
@@ -245,6 +245,36 @@ class WatchCases(Suite):
         assert heard[1:] == [(second.revision, [Event(b"k/a", None, old)], None)]
         end()
         await store.txn([], [put(b"k/a", b"")])
+        assert len(heard) == 2
+
+    @case
+    async def test_an_observer_of_some_keyspaces_hears_of_what_has_a_key_in_them(
+        self, subject: Subject
+    ) -> None:
+        store = subject.store
+        heard: list[tuple[str, list[bytes]]] = []
+
+        def listen(name: str, *keyspaces: bytes) -> Callable[[], None]:
+            def observer(revision: int, events: Sequence[Event], origin: object) -> None:
+                heard.append((name, [event.key for event in events]))
+
+            return store.observe(observer, keyspaces)
+
+        ends = [listen("files", b"f/"), listen("all"), listen("both", b"f/", b"k/")]
+        await store.txn([], [put(b"k/a", b"")])
+        assert heard == [("all", [b"k/a"]), ("both", [b"k/a"])]
+        heard.clear()
+        await store.txn([], [put(b"k/b", b""), put(b"f/b", b"")])
+        assert heard == [(name, [b"k/b", b"f/b"]) for name in ("files", "all", "both")]
+        heard.clear()
+        ends.append(listen("late", b"k/"))
+        ends[1]()
+        await store.txn([], [put(b"k/a", b"")])
+        await store.txn([], [put(b"c/a", b"")])
+        assert heard == [("both", [b"k/a"]), ("late", [b"k/a"])]
+        for end in ends:
+            end()
+        await store.txn([], [put(b"k/a", b""), put(b"f/a", b"")])
         assert len(heard) == 2
 
     @case

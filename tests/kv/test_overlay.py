@@ -54,6 +54,20 @@ def test_settling_shows_the_base_again_but_keeps_what_was_staged_later() -> None
     assert overlay.bytes == 0
 
 
+def test_settling_in_steps_drops_no_deletion_that_the_base_does_not_have() -> None:
+    """The base has a batch before its first step is settled."""
+    base, overlay = overlay_over(b"a")
+    overlay.stage(1, [effect(b"a", None)])
+    overlay.stage(2, [effect(b"a", b"2")])
+    overlay.stage(3, [effect(b"a", None)])
+    base.apply(overlay.pending(2))
+    overlay.settle(1)
+    assert overlay.get(b"a") is None
+    overlay.settle(2)
+    assert overlay.get(b"a") is None
+    assert shown(overlay) == {}
+
+
 def test_pending_is_the_newest_of_each_key_up_to_an_index_in_key_order() -> None:
     _, overlay = overlay_over()
     overlay.stage(1, [effect(b"b", b"1"), effect(b"a", b"1")])
