@@ -57,7 +57,7 @@ def test_open_returns_before_others_answer_and_close_does_not(cluster: Cluster, 
     others = [node for node in cluster if node is not leader]
     script = """
 def steps():
-    open('early', 'w').close()  # a mount's first file waits: numbers for its inodes are a commit
+    open('before-early', 'w').close()  # a mount's first file waits: numbers for its inodes are a commit
     for n in range(100):
         os.listdir('.')  # a read keeps the leader's lease
         yield 'ready'
@@ -109,7 +109,7 @@ def test_if_another_host_makes_the_name_meanwhile_close_says_so(cluster: Cluster
     script = """
 def steps():
     n = 0
-    open('mine', 'w').close()  # a mount's first file waits: numbers for its inodes are a commit
+    open('before-mine', 'w').close()  # a mount's first file waits: numbers for its inodes are a commit
     while True:
         os.listdir('.')
         yield 'ready'
