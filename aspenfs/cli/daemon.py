@@ -278,7 +278,7 @@ class Node:
                     options.mountpoint,
                     options.fuse_options(),
                     spin_us=SPIN_US if options.spin_us is None else options.spin_us,
-                    hush=lambda: self.store.syncing or self.blob_sync.busy,
+                    hush=lambda: self.store.committing or self.blob_sync.busy,
                     notifier=self.notifier,
                     ready=ready,
                     stop=self.stop,

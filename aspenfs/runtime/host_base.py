@@ -199,9 +199,9 @@ class HostBase:
     # --- looking at it ---
 
     @property
-    def syncing(self) -> bool:
-        """Whether a sync is under way: somebody waits for it."""
-        return self._syncer.busy
+    def committing(self) -> bool:
+        """Whether a sync or a proposal is under way: somebody waits for it."""
+        return self._syncer.busy or self._replica.proposed_bytes > 0
 
     @property
     def node_id(self) -> int:
