@@ -69,7 +69,7 @@ def txn(settings: Settings, file: str | None, as_json: bool) -> None:
     """Several compares and changes as one: all or nothing, nobody sees half of it.
 
     Reads a transaction from stdin. If all compares hold, what "then" says is done, else what "else"
-    says. At most 128 clauses of each kind, a put counting as two, and 1 MiB in all.
+    says. At most 128 clauses of each kind, and 1 MiB in all.
     """
     with failures():
         source = _read(file)

@@ -62,13 +62,14 @@ class Waiter:
     def close(self) -> None:
         self._epoll.close()
 
-    def readable(self, task: Any) -> bool:
+    def readable(self, task: Any, *, settling: bool = False) -> bool:
         """True: read now. False: visit trio, then ask again. May block when trio has nothing to do.
 
-        `task` is the caller's trio task. Atomic for trio; other threads run while it blocks or spins.
+        `task` is the caller's trio task. `settling`: what is runnable is not all known, so do not block.
+        Atomic for trio; other threads run while it blocks or spins.
         """
         now_s = monotonic()
-        if self._runnable:
+        if self._runnable or settling:
             if now_s - self.visited_s > _SLICE_S:
                 return False
             ready = self._poll(0, 2)

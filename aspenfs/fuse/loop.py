@@ -5,8 +5,8 @@ to the next. It looks the name `trio` up in its own module at each use, so an ob
 the module can do better: `docs/adr/0003-fuse-event-loop-hook.md`. Here are that object and its
 installation. Whose turn it is to read is `turns.py`; waiting in trio's place is `idle.py`.
 
-While a session runs, `trio.testing.wait_all_tasks_blocked` does not return, because the holder of the
-turn does the idle waiting.
+While a session runs, `trio.testing.wait_all_tasks_blocked` may not return, because the holder of the
+turn does the idle waiting, unless it dozes.
 """
 
 import importlib.metadata
@@ -21,7 +21,7 @@ import trio
 
 from aspenfs import limits
 from aspenfs.fuse import idle
-from aspenfs.fuse.turns import ReadLock, Session, SessionNursery
+from aspenfs.fuse.turns import DOZE_S, ReadLock, Session, SessionNursery
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,9 @@ class Hook:
 
     ClosedResourceError = trio.ClosedResourceError
 
-    def __init__(self, spin_us: int = SPIN_US, hush: Callable[[], bool] = lambda: False) -> None:
-        self.spin_us, self.hush = spin_us, hush
+    def __init__(self, spin_us: int = SPIN_US, hush: Callable[[], bool] = lambda: False,
+                 doze_s: float = DOZE_S) -> None:
+        self.spin_us, self.hush, self.doze_s = spin_us, hush, doze_s
         self.lowlevel = self
         self.current_task = trio.lowlevel.current_task
         self.current_trio_token = trio.lowlevel.current_trio_token
@@ -47,7 +48,7 @@ class Hook:
 
     def open_nursery(self) -> SessionNursery:
         """pyfuse3 calls it once for each run of `main`: a session begins."""
-        self.session = session = Session(self.spin_us, self.hush)
+        self.session = session = Session(self.spin_us, self.hush, self.doze_s)
         # Bound once per session: one attribute look-up less for each request.
         self.wait_readable = session.wait_readable
         self.notify_closing = session.notify_closing
@@ -126,14 +127,15 @@ def self_test() -> str | None:
     """Runs the hook in a thread's own trio loop, a socket in the place of /dev/fuse; None if all is well.
 
     Tried: a hand-over while a handler is suspended, a timer and a wake-up from another thread while the
-    holder blocks, and the end of a session.
+    holder blocks, and the end of a session; and the same with a holder that dozes as soon as it waits.
     """
     outcome: list[str | None] = ["it did not end within 5 s"]
     ours, theirs = socket.socketpair()
 
     def run() -> None:
         try:
-            trio.run(_exercise, ours, theirs)
+            for doze_s in (DOZE_S, 0.0):
+                trio.run(_exercise, ours, theirs, doze_s)
             outcome[0] = None
         except BaseException as error:  # whatever it is: do not use the hook
             outcome[0] = f"self-test: {error!r}"
@@ -147,8 +149,8 @@ def self_test() -> str | None:
     return outcome[0]
 
 
-async def _exercise(ours: socket.socket, theirs: socket.socket) -> None:
-    hook = Hook(0)
+async def _exercise(ours: socket.socket, theirs: socket.socket, doze_s: float) -> None:
+    hook = Hook(0, doze_s=doze_s)
     woken, released, finished, ended = trio.Event(), trio.Event(), trio.Event(), trio.Event()
     served: list[bytes] = []
     lock: list[ReadLock] = []
@@ -185,6 +187,12 @@ async def _exercise(ours: socket.socket, theirs: socket.socket) -> None:
             await woken.wait()
             theirs.send(b"1wr1")
             await finished.wait()
+            if not doze_s:
+                for _ in range(1_000):
+                    if hook.session.dozes > 1:  # before the requests, and now
+                        break
+                    await trio.sleep(0.001)
+                assert hook.session.dozes > 1, "it does not doze"
             ended.set()
             hook.notify_closing(ours.fileno())
     assert sorted(served) == [b"1", b"1", b"r", b"w"], served

@@ -55,8 +55,8 @@ class Session:
     inside a request, so a suspension of its task is a handler's.
     """
 
-    def __init__(self, spin_us: int, hush: Callable[[], bool]) -> None:
-        self.spin_us, self.hush = spin_us, hush
+    def __init__(self, spin_us: int, hush: Callable[[], bool], doze_s: float = DOZE_S) -> None:
+        self.spin_us, self.hush, self.doze_s = spin_us, hush, doze_s
         self.nursery: trio.Nursery | None = None
         self._running: _Worker | None = None  # whose code runs now
         self._holder: _Worker | None = None
@@ -197,7 +197,7 @@ class Session:
             return trio.lowlevel.wait_readable(fd)  # noqa: ASYNC105 – pyfuse3 awaits it
         worker = self._holder
         assert worker is not None
-        if not self._settling and waiter.readable(worker.task):
+        if waiter.readable(worker.task, settling=self._settling > 0):
             return _DONE
         return self._visit(waiter, worker.task)
 
@@ -220,7 +220,7 @@ class Session:
         self._watching = watching
 
     async def _visit(self, waiter: Waiter, task: trio.lowlevel.Task) -> None:
-        doze_s = monotonic() + DOZE_S
+        doze_s = monotonic() + self.doze_s
         while True:
             self.visits += 1
             await trio.lowlevel.checkpoint()
@@ -229,9 +229,9 @@ class Session:
                 raise trio.ClosedResourceError("the FUSE session ends")
             if self._settling:
                 self._settling -= 1
-            elif waiter.readable(task):
+            if waiter.readable(task, settling=self._settling > 0):
                 return
-            elif waiter.visited_s > doze_s:
+            if waiter.visited_s > doze_s and not self._settling:
                 await self._doze(waiter)
                 return
 

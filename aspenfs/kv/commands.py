@@ -28,6 +28,8 @@ FORMAT = 1
 TXN, LEASE_GRANT, LEASE_KEEPALIVE, LEASE_REVOKE, LEASE_EXPIRE, COMPACT, NOOP, CHECKPOINT = range(1, 9)
 CLIENT_BYTES = 16
 
+_KIND_MAX = CHECKPOINT
+
 _HISTORY_KEY_BYTES_MAX = KEY_BYTES_MAX + 2
 _LEASED_KEY_BYTES_MAX = STORE_KEY_BYTES_MAX - 10  # its attachment adds a prefix and the lease id
 _INT64_MIN, _INT64_MAX = -(1 << 63), (1 << 63) - 1
@@ -59,21 +61,36 @@ def encode(command: Command) -> bytes:
 
 
 def decode(data: bytes | bytearray | memoryview) -> Command:
-    """The well-formed command in `data`; InvalidArgument for any other bytes, however hostile."""
+    """The well-formed command in `data`; InvalidArgument for any other bytes, however hostile. NotSupported
+    for what only a newer release can have written: who goes on without it has another state than others."""
     try:
         fields = msgpack.unpackb(data, use_list=False)
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         raise errors.InvalidArgument(f"not a command: {error}") from error
-    if type(fields) is not tuple or len(fields) != 5 or fields[0] != FORMAT:
+    if type(fields) is not tuple or not fields or type(fields[0]) is not int:
+        raise errors.InvalidArgument("not a command")
+    if fields[0] > FORMAT:
+        raise _unknown(f"a command of format {fields[0]}")
+    if len(fields) != 5 or fields[0] != FORMAT:
         raise errors.InvalidArgument("not a command of a known format")
     command = Command(*fields[1:])
     try:
         _check(command, len(data))
     except (TypeError, ValueError, IndexError, KeyError, AttributeError, OverflowError) as error:
         raise errors.InvalidArgument(f"malformed command: {error}") from error
+    except _Newer as error:
+        raise _unknown(str(error)) from error
     except errors.AspenError as error:
         raise errors.InvalidArgument(f"malformed command: {error}") from error
     return command
+
+
+class _Newer(errors.InvalidArgument):
+    """What this release does not know, and a newer one may."""
+
+
+def _unknown(what: str) -> errors.NotSupported:
+    return errors.NotSupported(f"{what}: a newer release of aspenfs wrote it; upgrade this node")
 
 
 def _check(command: Command, encoded_len: int) -> None:
@@ -95,6 +112,8 @@ def _check(command: Command, encoded_len: int) -> None:
     elif kind == LEASE_EXPIRE:
         for lease in body:
             check_natural(lease)
+    elif kind > _KIND_MAX:
+        raise _Newer(f"a command of kind {kind}")
     elif kind not in (NOOP, CHECKPOINT) or body:
         raise errors.InvalidArgument(f"unknown kind of command: {kind}")
 
@@ -200,6 +219,8 @@ def _check_compare(target: int, operator: int, key: bytes, operand: Any) -> None
         offset, value = operand
         _check_offset(offset, 8)
         _int64(value)
+    elif target > types.FIELD:
+        raise _Newer(f"compare target {target}")
     else:
         raise errors.InvalidArgument(f"compare target {target!r}")
 
@@ -234,6 +255,8 @@ def _check_operation(operation: Operation) -> None:
         _, start, end, limit = operation
         _check_bounds(start, end)
         check_natural(limit)
+    elif type(code) is int and code > types.UPDATE:
+        raise _Newer(f"operation {code}")
     else:
         raise errors.InvalidArgument(f"operation {code!r}")
 
@@ -259,6 +282,8 @@ def _check_edit(edit: types.Edit) -> None:
     elif code == types.ATTRIBUTES:
         _, attributes = edit
         _check_attributes(attributes)
+    elif type(code) is int and code > types.ATTRIBUTES:
+        raise _Newer(f"edit {code}")
     else:
         raise errors.InvalidArgument(f"edit {code!r}")
 

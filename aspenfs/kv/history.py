@@ -24,6 +24,7 @@ from aspenfs.limits import COMPACT_EFFECTS_MAX, COMPACT_REVISIONS_MAX
 CHANGED_END = prefix_end(keys.CHANGED_AT)
 _new = tuple.__new__
 _packer = msgpack.Packer()  # one for all: a new one costs three times what there is to pack
+_MANY = 100  # changes that are not packed by it: it would keep the memory
 
 
 class Change(NamedTuple):
@@ -49,7 +50,8 @@ def recorded(index: int, events: Sequence[Event]) -> list[Effect]:
             effects.append((keys.version_key(key, index), Record(b"", 0, index, 0, 0, 0, NO_ATTRIBUTES)))
         changes.append(_new(Change, (key, replaced, record is None)))
     if changes:
-        effects.append((keys.changed_key(index), internal(index, _packer.pack(changes))))
+        pack = _packer.pack if len(changes) < _MANY else msgpack.packb
+        effects.append((keys.changed_key(index), internal(index, pack(changes))))
     return effects
 
 

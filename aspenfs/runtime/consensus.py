@@ -286,7 +286,7 @@ class Consensus:
         if context is None:
             try:
                 command = commands.decode(data[HEADER.size:] if entry.kind == EntryKind.PROPOSAL else data)
-            except errors.InvalidArgument as error:  # alike on all nodes: it changes nothing
+            except errors.InvalidArgument as error:  # alike on all nodes of any release: it changes nothing
                 logger.error("index=%d not a command: %s", entry.index, error)
                 self._accept(entry.index, nothing_changed(error))
                 return error

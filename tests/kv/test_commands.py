@@ -90,14 +90,13 @@ def _packed(*fields: Any) -> bytes:
         b"\x01",
         b"\x95\x01",
         _packed(1, commands.NOOP, 1, None),
-        _packed(2, commands.NOOP, 1, None, ()),
-        _packed(1, 99, 1, None, ()),
+        _packed(0, commands.NOOP, 1, None, ()),
+        _packed(1, 0, 1, None, ()),
         _packed(1, commands.NOOP, 1, None, (1,)),
         _packed(1, commands.NOOP, -1, None, ()),
         _packed(1, commands.NOOP, 1 << 63, None, ()),
         _packed(1, commands.NOOP, 1, None, {}),
         _packed(1, commands.CHECKPOINT, 1, None, (1,)),
-        _packed(1, commands.CHECKPOINT + 1, 1, None, ()),
         _packed(1, commands.NOOP, 1, None, ()) + b"\x00",
         _packed(1, commands.TXN, 1, None, ((), ())),
         _packed(1, commands.TXN, 1, None, (7, (), ())),
@@ -114,7 +113,7 @@ def _packed(*fields: Any) -> bytes:
         _packed(1, commands.TXN, 1, None, ((), ((7, b"k/a", b"", 0, None),), ())),
         _packed(1, commands.TXN, 1, None, ((), ((7, b"k/a", "", 0, {}),), ())),
         _packed(1, commands.TXN, 1, None, ((), ((7, b"k/a", b"", -1, {}),), ())),
-        _packed(1, commands.TXN, 1, None, ((), ((8, b"k/a", b"", 0, {}),), ())),
+        _packed(1, commands.TXN, 1, None, ((), ((0, b"k/a", b"", 0, {}),), ())),
         _packed(1, commands.TXN, 1, None, ((), ((4, b"k/a", ((3, 1 << 62, 1),)),), ())),
         _packed(1, commands.TXN, 1, (b"short", 1), ((), (), ())),
         _packed(1, commands.TXN, 1, (CLIENT,), ((), (), ())),
@@ -132,6 +131,23 @@ def _packed(*fields: Any) -> bytes:
 )
 def test_hostile_bytes_are_an_invalid_argument(data: bytes) -> None:
     with pytest.raises(errors.InvalidArgument):
+        decode(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        _packed(commands.FORMAT + 1, {"any": "thing"}),
+        _packed(1, commands.CHECKPOINT + 1, 1, None, ()),
+        _packed(1, 99, 1, None, (b"x",)),
+        _packed(1, commands.TXN, 1, None, ((), ((8, b"k/a", b"", 0, {}),), ())),
+        _packed(1, commands.TXN, 1, None, ((), (), ((8,),))),
+        _packed(1, commands.TXN, 1, None, ((), ((4, b"k/a", ((7, 1),)),), ())),
+        _packed(1, commands.TXN, 1, None, (((8, 1, b"k/a", 1),), (), ())),
+    ],
+)
+def test_what_a_newer_release_wrote_is_told_from_what_is_malformed(data: bytes) -> None:
+    with pytest.raises(errors.NotSupported, match="newer release"):
         decode(data)
 
 

@@ -7,6 +7,7 @@ import trio
 
 from aspenfs import errors
 from aspenfs.cluster.membership import ChangeKind
+from aspenfs.kv import commands, types
 from aspenfs.kv.types import absent, append, merge, put
 from aspenfs.runtime.host import NodeStore
 from tests.runtime.host_driver import hash_of
@@ -157,3 +158,20 @@ def test_three_become_one_again_and_it_is_alone(tmp_path: Path) -> None:
             assert (await leader.txn([], [put(b"k/a", b"1")])).succeeded
 
     trio.run(main)
+
+
+def test_a_node_that_meets_what_a_newer_release_wrote_stops_and_says_so(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with store_cluster(tmp_path) as cluster:
+            old = followers(cluster)[0]
+            newer = next(store for store in cluster.stores.values() if store is not old)
+            command, _ = newer.engine.txn_command([], [put(b"k/a", b"new")])
+            unknown = commands.encode(command._replace(body=((), [(types.UPDATE + 1, b"k/a", b"new")], ())))
+            await newer.consensus.propose(command, unknown, None)
+            await trio.sleep(10)  # the node's task ends it
+
+    with pytest.raises(BaseExceptionGroup) as raised:
+        trio.run(main)
+    told = raised.value.subgroup(errors.NotSupported)
+    assert told is not None
+    assert "newer release" in str(told.exceptions)
