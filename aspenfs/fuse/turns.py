@@ -7,7 +7,7 @@ visit is decided in `idle.py`; how all this gets into pyfuse3, in `loop.py`.
 
 A holder that has waited for DOZE_S *dozes*: trio waits for the descriptor, as for any other, until a request
 comes. Else each turn of the loop of a daemon that does other work, such as following a leader, would pass
-through the holder, and would cost a third more.
+through the holder (ADR 0003 has what that costs).
 """
 
 import errno
