@@ -28,8 +28,6 @@ FORMAT = 1
 TXN, LEASE_GRANT, LEASE_KEEPALIVE, LEASE_REVOKE, LEASE_EXPIRE, COMPACT, NOOP, CHECKPOINT = range(1, 9)
 CLIENT_BYTES = 16
 
-_KIND_MAX = CHECKPOINT
-
 _HISTORY_KEY_BYTES_MAX = KEY_BYTES_MAX + 2
 _LEASED_KEY_BYTES_MAX = STORE_KEY_BYTES_MAX - 10  # its attachment adds a prefix and the lease id
 _INT64_MIN, _INT64_MAX = -(1 << 63), (1 << 63) - 1
@@ -112,7 +110,7 @@ def _check(command: Command, encoded_len: int) -> None:
     elif kind == LEASE_EXPIRE:
         for lease in body:
             check_natural(lease)
-    elif kind > _KIND_MAX:
+    elif kind > CHECKPOINT:
         raise _Newer(f"a command of kind {kind}")
     elif kind not in (NOOP, CHECKPOINT) or body:
         raise errors.InvalidArgument(f"unknown kind of command: {kind}")

@@ -268,6 +268,9 @@ class WatchCases(Suite):
         assert heard == [(name, [b"k/b", b"f/b"]) for name in ("files", "all", "both")]
         heard.clear()
         ends.append(listen("late", b"k/"))
+        await store.txn([], [put(b"k/a", b"")])
+        assert heard == [(name, [b"k/a"]) for name in ("all", "both", "late")]
+        heard.clear()
         ends[1]()
         await store.txn([], [put(b"k/a", b"")])
         await store.txn([], [put(b"c/a", b"")])

@@ -12,6 +12,7 @@ from aspenfs import errors
 from aspenfs.kv import commands
 from aspenfs.kv.types import Event, delete, put
 from aspenfs.limits import MIB, OVERLAY_BYTES_MAX
+from aspenfs.runtime.host import NodeStore
 from aspenfs.sim.disk import SimDisk
 from tests.runtime.host_driver import fill, hash_of, load, open_store, running, until, until_it_accepts
 
@@ -54,17 +55,21 @@ def test_after_a_failed_sync_every_call_raises_and_run_ends(tmp_path: Path) -> N
     trio.run(main)
 
 
+async def _write_that_fails(store: NodeStore, key: bytes) -> None:
+    await store.txn([], [put(key, b"1")])
+    with pytest.raises(errors.SyncFailed, match="chunks"):
+        await store.committed()
+
+
 def test_a_hook_that_fails_ends_the_store_before_the_log_is_synced(tmp_path: Path) -> None:
     def hook() -> None:
         raise errors.SyncFailed("chunks")
 
     async def main() -> None:
         store = open_store(tmp_path, pre_sync=[hook])
-        with pytest.raises(errors.SyncFailed, match="chunks"):  # noqa: PT012 – as above
+        with pytest.raises(errors.SyncFailed, match="chunks"):
             async with running(store):
-                await store.txn([], [put(b"f/a", b"1")])
-                with pytest.raises(errors.SyncFailed, match="chunks"):
-                    await store.committed()
+                await _write_that_fails(store, b"f/a")
         assert store.status()["durable"] == 0
         store.close()
 
@@ -88,9 +93,7 @@ def test_an_entry_whose_hook_failed_is_dropped_by_the_next_start_if_what_it_name
                 await store.txn([], [put(b"f/a", b"1")])
                 kept = await store.committed()
                 failing[0] = True
-                await store.txn([], [put(b"f/b", b"2")])
-                with pytest.raises(errors.SyncFailed, match="chunks"):
-                    await store.committed()
+                await _write_that_fails(store, b"f/b")
         store.close()
         again = open_store(tmp_path, verify_entry=lambda command: b"f/b" not in commands.encode(command))
         assert again.get(b"f/a") is not None

@@ -7,9 +7,12 @@ import pytest
 import trio
 
 from aspenfs import errors
-from aspenfs.kv.types import Event
+from aspenfs.kv.types import Event, put
+from aspenfs.runtime.system import SystemClock
 from aspenfs.vfs.coherence import Alone, Coherence
 from aspenfs.vfs.filesystem import KNOWN_KEPT, ROOT_INODE, FileSystem
+from aspenfs.vfs.tree import SetAttr
+from aspenfs.views.kv import KVTree
 from tests.filesystem.volumes import CALLER, Setup, run
 from tests.vfs.notices import Noted
 
@@ -107,6 +110,25 @@ def test_names_and_opens_wait_for_the_barrier() -> None:
         await fs.open(ino, 0, CALLER)
         await fs.opendir(files)
         assert len(waits) == before + 3
+
+    run(test)
+
+
+def test_values_and_directories_of_kv_that_others_change_are_told() -> None:
+    async def test(setup: Setup) -> None:
+        here, elsewhere = (KVTree(setup.store, SystemClock()) for _ in range(2))
+        noted = Noted()
+        fs = FileSystem([here], 1, Coherence(notices=noted))
+        await elsewhere.mkdir(elsewhere.root, b"d", 0o755, CALLER)
+        await setup.store.txn([], [put(b"k/v", b"1")])
+        kv, _, _ = await fs.lookup(ROOT_INODE, b"kv")
+        directory, value = [(await fs.lookup(kv, name))[0] for name in (b"d", b"v")]
+        setup.store.observe(lambda _, events, by: fs.noticed(events, own=False), fs.keyspaces)
+        node = (await elsewhere.lookup(elsewhere.root, b"d")).node
+        await elsewhere.setattr(node, SetAttr(mode=0o700), CALLER)
+        assert directory in [ino for ino, _ in noted.inodes]
+        await setup.store.txn([], [put(b"k/v", b"2")])
+        assert (value, True) in noted.inodes
 
     run(test)
 
