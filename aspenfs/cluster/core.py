@@ -89,6 +89,7 @@ class Core:
         # is appended does not go to those who can wait for it.
         self.tells_late = False
         self.can_wait: Sequence[int] = ()
+        self._held_wanted = 0  # up to this entry somebody wants to know of it before it is on disk: `held`
         self._cuts: dict[int, list[Entry]] = {}  # entries of this turn's appends, by the index of the first
         self._snapshot: Snapshot | None = None  # which the owner offers to others
 

@@ -7,11 +7,12 @@ from typing import Final
 
 from aspenfs.cluster.core import FOLLOWER, LEADER
 from aspenfs.cluster.election import Election
-from aspenfs.cluster.messages import Message, MessageType
+from aspenfs.cluster.messages import TELL_HELD, Message, MessageType
 from aspenfs.cluster.types import NOBODY, Snapshot
 
 _APP_RESP: Final = MessageType.APP_RESP
 _HEARTBEAT_RESP: Final = MessageType.HEARTBEAT_RESP
+_HELD: Final = MessageType.HELD
 
 
 class Following(Election):
@@ -39,6 +40,8 @@ class Following(Election):
         if last is None:
             self._refuse(message)
             return
+        if message.context == TELL_HELD:
+            self._send(_HELD, message.sender, index=last)  # leaves when it is written, before it is synced
         told = log.commit_to(min(message.commit, last))
         # An append that only told of a commit, behind what was acknowledged to this leader: it learns
         # nothing from an answer. If that acknowledgement was lost, its heartbeats find out.

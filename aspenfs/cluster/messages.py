@@ -4,9 +4,11 @@ Belongs here: the kinds of message, their fields, checking of decoded msgpack. N
 means to who gets it (`raft.py`), framing and links (`runtime/peers/`). Names are etcd's.
 
     kind            from -> to           fields in use, beside to, sender and term
-    APP             leader -> all        index, log_term: of the entry before; entries; commit
+    APP             leader -> all        index, log_term: of the entry before; entries; commit;
+                                         context: TELL_HELD, if HELD is to be the first answer
     APP_RESP        -> leader            index: all up to it are on disk here; or reject: index is the one
                                          refused, reject_hint and log_term an entry that may agree
+    HELD            -> leader            index: all up to it are in the log here, perhaps not yet on disk
     VOTE, PRE_VOTE  candidate -> voters  index, log_term: of its last entry; context: CAMPAIGN_TRANSFER or b""
     …_RESP          -> candidate         reject, and then commit, and log_term of that entry
     SNAP            leader -> all        snapshot: to be fetched
@@ -30,6 +32,7 @@ from aspenfs.cluster.types import Entry, Snapshot
 from aspenfs.limits import RAFT_APPEND_ENTRIES_MAX, RAFT_CONTEXT_BYTES_MAX, WAL_FRAME_BYTES_MAX
 
 CAMPAIGN_TRANSFER: Final = b"transfer"  # the leader wants it: stickiness does not hold against this vote
+TELL_HELD: Final = b"held"
 NUMBER_MAX: Final = (1 << 63) - 1
 
 _FIELDS: Final = 12
@@ -53,6 +56,7 @@ class MessageType(IntEnum):
     TIMEOUT_NOW = 13
     PROP = 14
     PROP_RESP = 15
+    HELD = 16
 
 
 class Message(NamedTuple):

@@ -68,13 +68,14 @@ class Progress:
     """One member's, as the leader sees it. `match` < `next` always; `match` is on that member's disk."""
 
     __slots__ = (
-        "inflights", "match", "next", "paused", "pending_snapshot", "read_round", "recently_active",
+        "held", "inflights", "match", "next", "paused", "pending_snapshot", "read_round", "recently_active",
         "sent_commit", "silent", "state", "wanted",
     )  # fmt: skip
 
     def __init__(self, next_index: int, inflights: Inflights, *, recently_active: bool = False) -> None:
         self.state = ProgressState.PROBE
         self.match = 0
+        self.held = 0  # in its log, on disk or not; as far as it was asked to tell
         self.next = next_index
         self.inflights = inflights
         self.paused = False  # until a heartbeat is answered: PROBE has sent its append, REPLICATE is full

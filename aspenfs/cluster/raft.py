@@ -39,6 +39,7 @@ _PRE_VOTE_RESP: Final = MessageType.PRE_VOTE_RESP
 _SNAP: Final = MessageType.SNAP
 _HEARTBEAT: Final = MessageType.HEARTBEAT
 _HEARTBEAT_RESP: Final = MessageType.HEARTBEAT_RESP
+_HELD: Final = MessageType.HELD
 _READ_INDEX: Final = MessageType.READ_INDEX
 _READ_INDEX_RESP: Final = MessageType.READ_INDEX_RESP
 _TRANSFER_LEADER: Final = MessageType.TRANSFER_LEADER
@@ -179,6 +180,8 @@ class Raft(Following):
     def _step_leader(self, kind: MessageType, message: Message) -> None:
         if kind is _APP_RESP:
             self._on_append_response(message)
+        elif kind is _HELD:
+            self._on_held(message)
         elif kind is _HEARTBEAT_RESP:
             self._on_heartbeat_response(message)
         elif kind is _READ_INDEX:

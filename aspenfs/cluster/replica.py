@@ -187,7 +187,7 @@ class Replica(Noticing):
             if self._unsent:
                 self._send_proposals()
             if self._queue:
-                self._append_queue()
+                self._append_queue(now=bool(self._held_queued))
             if self._next_reads and not self._round:
                 self._start_round()
             if self._stalled is not None and not self._write_stalled():
@@ -197,6 +197,8 @@ class Replica(Noticing):
             if not raft.has_ready:
                 break
             self._carry_out(raft.ready())
+        if self._held and self._stalled is None:
+            self._look_what_is_held()
         self._tell()
 
     def _carry_out(self, ready: Ready) -> None:

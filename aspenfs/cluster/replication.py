@@ -13,7 +13,7 @@ from operator import attrgetter
 from typing import Final
 
 from aspenfs.cluster.core import CANDIDATE, LEADER, Core
-from aspenfs.cluster.messages import Message, MessageType
+from aspenfs.cluster.messages import TELL_HELD, Message, MessageType
 from aspenfs.cluster.progress import Progress, ProgressState
 from aspenfs.cluster.quorum import VoteResult, joint_vote
 from aspenfs.cluster.readonly import Question
@@ -30,6 +30,10 @@ _SILENT_MAX: Final = 2  # answers that know nothing of a snapshot: one may have 
 match = attrgetter("match")
 read_round = attrgetter("read_round")
 _new = tuple.__new__
+
+
+def _held(progress: Progress) -> int:
+    return max(progress.held, progress.match)
 
 
 class Replication(Core):
@@ -49,6 +53,7 @@ class Replication(Core):
         own = self._progress[self.node_id]
         own.match = log.persisted
         self._term_start = log.last_index + 1
+        self._held_wanted = 0
         # Entries of earlier terms may hold a change of the configuration: all must be applied first.
         self._pending_change = log.last_index
         self._look_if_alone()
@@ -121,8 +126,9 @@ class Replication(Core):
             entries = self._cut(first, last)
         if not entries and not even_empty:
             return False
+        context = TELL_HELD if entries and first <= self._held_wanted else b""
         self._messages.append(_new(Message, (_APP, node, self.node_id, self.term, previous_term, first - 1,
-                                             log.committed, entries, False, 0, b"", None)))  # fmt: skip
+                                             log.committed, entries, False, 0, context, None)))  # fmt: skip
         progress.sent_entries(len(entries), log.bytes_between(first - 1, first - 1 + len(entries)))
         progress.sent_commit = log.committed
         return True
@@ -232,6 +238,31 @@ class Replication(Core):
         if not ok:
             progress.pending_snapshot = 0
         progress.become_probe()
+
+    # --- what others have, before it is on their disks ---
+
+    def want_held(self, index: int) -> None:
+        """Whoever is sent entries up to this one shall say at once that it has them in its log."""
+        self._held_wanted = max(self._held_wanted, index)
+
+    def _on_held(self, message: Message) -> None:
+        progress = self._progress.get(message.sender)
+        if progress is not None and message.index <= self.log.last_index:
+            progress.recently_active = True
+            progress.held = max(progress.held, message.index)
+
+    @property
+    def held(self) -> int:
+        """On a leader: entries up to this one are in the logs of a quorum, though perhaps not on their disks;
+        0 if those of this term are not. As long as less than a quorum loses what was not on disk, whoever
+        leads next has them: the argument of Raft §5.4.3, with logs for disks."""
+        if self.role is not LEADER:
+            return 0
+        own = self._progress.get(self.node_id)
+        if own is not None:
+            own.held = self.log.written
+        index = self._quorum_of(_held)
+        return index if self.log.term_at(index) == self.term else 0
 
     # --- committing ---
 

@@ -4,13 +4,14 @@ Belongs here: what others and this node have proposed until it is in the log, an
 upon already (`Store.begin`). Not here: the proposer's side (`proposing.py`).
 """
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
 from aspenfs import errors
 from aspenfs.cluster.messages import Message, MessageType
 from aspenfs.cluster.raft import Raft
-from aspenfs.cluster.replica_base import HEADER, INCARNATION_SHIFT, Base, Owner, Settings
+from aspenfs.cluster.replica_base import HEADER, INCARNATION_SHIFT, Base, Done, Owner, Settings
 from aspenfs.cluster.types import EntryKind, Role
 from aspenfs.limits import PROPOSALS_BYTES_MAX, RAFT_APPEND_ENTRIES_MAX
 
@@ -29,6 +30,10 @@ class Taking(Base):
         self._foreign_queued = self._foreign = 0
         self._begun_queued = False
         self._begun = self._begun_term = 0
+        # Who wants to know that what it has begun is in the logs of a majority: of the queue; and of which
+        # term, behind which entry.
+        self._held_queued: list[Done] = []
+        self._held: deque[tuple[int, int, Done]] = deque()
         # The last number taken from each node in `_taken_term`.
         self._taken: dict[int, int] = {}
         self._taken_term = 0
@@ -78,6 +83,7 @@ class Taking(Base):
     def _empty_queue(self) -> None:
         self._queue, self._queue_bytes = [], 0
         self._foreign_queued, self._begun_queued = 0, False
+        self._held_queued = []
 
     def _append_queue(self, *, now: bool = False) -> None:
         """Into the log, unless it is better to wait (not if `now`). What was taken under another term is
@@ -106,6 +112,18 @@ class Taking(Base):
         if self._begun_queued:
             self._begun, self._begun_term = raft.last_index, raft.term
             self._begun_queued = bool(self._queue)
+            if self._held_queued and not self._begun_queued:
+                raft.want_held(self._begun)
+                self._held += [(raft.term, raft.last_index, done) for done in self._held_queued]
+                self._held_queued = []
+
+    def _look_what_is_held(self) -> None:
+        """Who asked is told. Who is not, because this node ceased to lead, hears how it ended."""
+        waiting, now, held = self._held, self.raft.term, self.raft.held
+        while waiting and (waiting[0][1] <= held or waiting[0][0] != now):
+            term, index, done = waiting.popleft()
+            if term == now:
+                self._done.append((done, index))
 
     def _has_begun_in_log(self) -> bool:
         """Whether all that this node has begun has an index by now."""

@@ -25,10 +25,11 @@ Failed = Callable[[int, int, bytes, errors.AspenError], None]
 class _Child:
     """A birth under way, and who waits for it."""
 
-    __slots__ = ("birth", "name", "node", "parent", "waiters")
+    __slots__ = ("birth", "failure", "name", "node", "parent", "waiters")
 
     def __init__(self, birth: Birth, node: int, parent: int, name: bytes) -> None:
         self.birth, self.node, self.parent, self.name = birth, node, parent, name
+        self.failure: errors.AspenError | None = None
         self.waiters: list[Signal] = []
 
 
@@ -67,6 +68,7 @@ class Births:
             failure = errors.Lost(f"file {child.name!r} was given up: {error!r}")
             raise
         finally:
+            child.failure = failure
             del self.children[child.node], self._by_name[child.parent, child.name]
             if failure is not None:
                 self.failed(child.node, child.parent, child.name, failure)
@@ -82,7 +84,23 @@ class Births:
         child = self.children.get(node)
         return child is not None and not child.birth.inode.flags & HAS_XATTRS
 
+    def inside(self, directory: int) -> tuple[int, int]:
+        """How many files are being made in a directory, and the time of the last one."""
+        times = [child.birth.inode.mtime for child in self.children.values() if child.parent == directory]
+        return len(times), max(times, default=0)
+
     # --- waiting ---
+
+    async def own(self, node: int) -> None:
+        """Returns when a file that was begun is its maker's, whatever befalls any one host (`Begun.held`).
+        Its error, if another was faster."""
+        child = self.children.get(node)
+        if child is not None:
+            child.birth.begun.hurry()
+            if not await child.birth.begun.held():
+                await self.settled(node)
+                if child.failure is not None:
+                    raise child.failure
 
     async def settled(self, node: int) -> None:
         """Returns when this file, and those in this directory, are committed or failed."""

@@ -17,7 +17,7 @@ import pyfuse3
 import trio
 
 from aspenfs import errors
-from aspenfs.fuse import loop
+from aspenfs.fuse import loop, opened
 from aspenfs.fuse.requests import CREATE, OPEN, OPENDIR, Requests
 from aspenfs.limits import KIB, NAME_BYTES_MAX
 from aspenfs.vfs.coherence import SHARED_TIMEOUT_S, Validity
@@ -242,6 +242,8 @@ class Operations(pyfuse3.Operations):
         if flags & os.O_APPEND:
             self.requests.readable(OPEN, inode, ctx)  # for the writes that come
         fh, target, keep = await self.fs.open(inode, flags, ctx)
+        if flags & os.O_ACCMODE == os.O_RDONLY:
+            return opened.read_only(fh, direct_io=target.direct_io, keep_cache=keep)
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(fh), direct_io=target.direct_io, keep_cache=keep)
 
     @answers

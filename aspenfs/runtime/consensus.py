@@ -68,12 +68,20 @@ class _Begun:
 
     def __init__(self, hurry: Callable[[], None]) -> None:
         self.hurry = hurry
-        self._done = trio.Event()
+        self._done, self._held = trio.Event(), trio.Event()
         self._result: object = None
 
     def resolve(self, result: object) -> None:
         self._result = result
         self._done.set()
+        self._held.set()
+
+    def is_held(self, _: object) -> None:
+        self._held.set()
+
+    async def held(self) -> bool:
+        await self._held.wait()
+        return not self._done.is_set()
 
     async def outcome(self) -> TxnResult:
         await self._done.wait()
@@ -214,7 +222,8 @@ class Consensus:
         if self.run_inline:
             return None
         begun = _Begun(self.wake)
-        return begun if self.replica.begin(encoded, (command, origin), begun.resolve) else None
+        begins = self.replica.begin(encoded, (command, origin), begun.resolve, begun.is_held)
+        return begun if begins else None
 
     async def read_index(self) -> int:
         """An index that was current after the call began, and is evaluated here. NoQuorum."""

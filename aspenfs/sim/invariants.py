@@ -104,6 +104,7 @@ class Invariants:
         self.acknowledged = 0  # the highest revision of which any client was told
         self._begun: dict[int, _Begun] = {}  # proposals that have their place, by number
         self._begun_count = 0
+        self._held: dict[int, int] = {}  # index -> term of entries that a majority had, as somebody was told
         self._state_sums: list[int] = [0]  # by index: sum of the hashes of all rows of the state
         self._state: dict[bytes, int] = {}  # key -> hash of its row
         self._undo: list[list[tuple[bytes, int]]] = []  # by index, from 1: keys and the hashes they had
@@ -358,6 +359,13 @@ class Invariants:
         last = bisect_left(self._committed_in, term)
         if last > record.base and record.terms.get(last) != self.committed[last]:
             self._wrong("leader-completeness", f"leader {node} of term {term} lacks committed {last}")
+        for index, its in self._held.items():
+            if its < term and index > record.base and record.terms.get(index) != its:
+                # Unless a majority has lost what was not on its disks.
+                have = {one for one, other in self.nodes.items() if other.terms.get(index) == its}
+                if majority(record.voters, have):
+                    self._wrong("held-kept", f"leader {node} of term {term} lacks entry {index}, which "
+                                             f"{sorted(have)} hold, as a client was told")  # fmt: skip
 
     def _commits(self, node: int, record: NodeRecord, role: Role, term: int, commit: int,
                  configuration: Configuration) -> None:  # fmt: skip
@@ -390,6 +398,7 @@ class Invariants:
             self._wrong("commit-contiguous", f"{index} is committed after {self.commit}")
         self.committed[index] = term
         self.commit = index
+        self._held.pop(index, None)
         self._committed_in.append(max(in_term, self._committed_in[-1] if self._committed_in else 0))
 
     # --- applying ---
@@ -469,6 +478,14 @@ class Invariants:
         self._begun_count += 1
         self._begun[self._begun_count] = _Begun(node, term, succeeds)
         return self._begun_count
+
+    def held(self, index: int, term: int, configuration: Configuration) -> None:
+        """A client of the leader of `term` was told that a majority has the log up to `index`."""
+        have = {one for one, record in self.nodes.items() if record.terms.get(index) == term}
+        if index > self.commit:
+            if not majority(configuration, have):
+                self._wrong("held-by-majority", f"entry {index} is in the logs of {sorted(have)} only")
+            self._held[index] = term
 
     def begun_lost(self, number: int) -> None:
         """It never was, or nobody knows what became of it."""

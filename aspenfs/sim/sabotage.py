@@ -235,7 +235,9 @@ def _take_repetitions(self: Replica, message: Message) -> None:
     _right_take_proposals(self, message)
 
 
-def _begin_behind_others(self: Replica, command: bytes, context: object, done: Done) -> bool:
+def _begin_behind_others(
+    self: Replica, command: bytes, context: object, done: Done, held: Done | None = None
+) -> bool:
     """Whatever others have under way."""
     self._foreign_queued = self._foreign = 0
     return _right_begin(self, command, context, done)
@@ -334,6 +336,9 @@ _ALL: Final = (
              [(Proposing, "begin", _begin_behind_others)], frozenset({"begun-outcome"}), mix=_WRITERS),
     Sabotage("begun-unseen", "readers elsewhere are answered without what has begun",
              [(Taking, "_begun_index", property(lambda self: 0))], frozenset({"begun-unseen"})),
+    Sabotage("held-alone", "a leader says that others have what only its own log has",
+             [(replication.Replication, "held", property(lambda self: self.log.last_index))],
+             frozenset({"held-by-majority", "held-kept"})),
     Sabotage("propose-again-at-once", "a retry under a new leader, though the first try may yet be applied",
              [(Replica, "receive", _propose_again_at_once)],
              frozenset({"answers", "violation", "assertion"})),

@@ -16,6 +16,7 @@ from aspenfs.sim.process import Process
 from aspenfs.sim.scheduler import MS
 
 _BEGIN: Final = 0.3  # of the transactions that are not to be repeated
+_ASK_HELD: Final = 0.5  # of those
 
 Done = Callable[[object], object]
 Look = Callable[[Engine], Any]
@@ -50,7 +51,9 @@ def _begin(process: Process, command: Command, encoded: bytes, done: Done) -> bo
             invariants.begun_lost(number)
         done(result)
 
-    if not replica.begin(encoded, (command, None), ended):
+    term = process.raft.term
+    held = lambda index: invariants.held(index, term, process.raft.configuration)  # noqa: E731
+    if not replica.begin(encoded, (command, None), ended, held if rng.random() < _ASK_HELD else None):
         invariants.begun_lost(number)
         return False
     process.scheduler.after(rng.randrange(5 * MS), lambda: process.do(replica.pump), "begun")

@@ -78,6 +78,14 @@ class Touched(NamedTuple):
     child: int | None = None  # what the name meant, 0: nothing; None if the tree does not know
 
 
+def check_found(name: bytes, caller: Caller) -> None:
+    """A file turned out to exist when it was to be made: another host was faster. Stale, unless the caller
+    may do anything: the kernel takes it for the caller's own, and would not check whether it may be opened.
+    At Stale it looks the name up, and checks."""
+    if caller.uid:
+        raise errors.Stale(f"{name!r} has come meanwhile")
+
+
 PAGE_BYTES: Final = 4096
 
 

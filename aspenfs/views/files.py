@@ -33,15 +33,16 @@ from aspenfs.vfs.tree import (
     Touched,
     Tree,
     Usage,
+    check_found,
 )
 from aspenfs.views.files_open import OpenInode
 
 DAY_NS: Final = 24 * 3600 * 10**9
 INODES_MAX: Final = (1 << 48) - 1
 SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
-# A new file that is opened so is committed before open(2) returns: as a lock it must be nobody else's, its
-# end must be known, each write must be durable.
-NOT_BEGUN: Final = os.O_EXCL | os.O_APPEND | os.O_SYNC | os.O_DSYNC
+# A new file that is opened so is committed before open(2) returns: its end must be known, each write must be
+# durable.
+COMMITTED: Final = os.O_APPEND | os.O_SYNC | os.O_DSYNC
 
 
 _NO_NAME: Final = layout.I64(0)  # how the value of an inode begins when its nlink is 0
@@ -109,10 +110,18 @@ class FilesTree(Tree):
         return self._attr(node)
 
     async def getattr(self, node: int) -> Attr:
-        await self.settled(node)
+        children = self.births.children
+        if node in children:
+            await self.births.settled(node)
         if self.writes.files:
             await self.writes.settled(node)
-        return self._attr(node)
+        attr = self._attr(node)
+        if children and stat.S_ISDIR(attr.mode):
+            # It is asked for on the way to each file that is made in it, and does not wait for those.
+            count, made = self.births.inside(node)
+            times = {"mtime_ns": max(attr.mtime_ns, made), "ctime_ns": max(attr.ctime_ns, made)}
+            attr = attr._replace(size=attr.size + count, **times)
+        return attr
 
     def names_it(self, parent: int, name: bytes, node: int) -> bool:
         if self.births.names_it(parent, name, node):
@@ -252,6 +261,7 @@ class FilesTree(Tree):
             except errors.AlreadyExists:
                 if flags & os.O_EXCL:
                     raise
+            check_found(name, caller)
             await self.fresh()  # it is opened: what was closed elsewhere by now is in it
             try:
                 node, kind = self.names.find(parent, name)
@@ -269,9 +279,11 @@ class FilesTree(Tree):
         node = await self.volume.new_id()
         handle = self._handle(node, flags)  # first: others may remove it as soon as it is there
         try:
-            if self.begins_files and self.writes.returns_early and not flags & NOT_BEGUN:
+            if self.begins_files and self.writes.returns_early and not flags & COMMITTED:
                 begun = self.births.begin(parent, name, mode, caller.uid, caller.gid, node)
                 if begun is not None:
+                    if flags & os.O_EXCL:  # a lock: nobody else must ever believe to have it
+                        await self.births.own(node)
                     return to_attr(node, begun), handle
             _, inode = await self.names.make(parent, name, mode, caller.uid, caller.gid, node=node)
         except BaseException:

@@ -17,7 +17,7 @@ from aspenfs.kv.store import Store
 from aspenfs.kv.types import Event, Operation, Record, cut, exists, merge, set_attributes
 from aspenfs.limits import VALUE_BYTES_MAX
 from aspenfs.seams import Clock
-from aspenfs.vfs.tree import Attr, Caller, OpenFile, SetAttr, Touched, Tree, Usage
+from aspenfs.vfs.tree import Attr, Caller, OpenFile, SetAttr, Touched, Tree, Usage, check_found
 from aspenfs.views import kv_attributes, kv_names
 from aspenfs.views.kv_files import KVFile, edit, truncate
 from aspenfs.views.kv_listing import list_names
@@ -143,6 +143,7 @@ class KVTree(Tree):
         space = self.space
         node, _, made = await kv_names.make_file(space, parent, name, mode, flags, caller)
         if not made:
+            check_found(name, caller)
             await self.fresh()  # it is opened: what was closed elsewhere by now is in it
         # A new file needs no O_TRUNC; it would be a second revision.
         target = await self._open(node, flags & ~os.O_TRUNC if made else flags)

@@ -64,11 +64,19 @@ class HostBegun:
     def __init__(self, store: "HostStore", index: int) -> None:
         self.store, self.index = store, index
         self.hurried = False
+        self.known = False  # to others: who leads next has it
         self.lost: Command | None = None  # and is to be proposed again
         self.origin: object = None
 
     def hurry(self) -> None:
         self.hurried = True
+
+    async def held(self) -> bool:
+        await trio.sleep(self.store.delay())
+        if self.lost is None and self.store.revision < self.index and not self.store.cut:
+            self.known = True
+            return True
+        return False
 
     async def outcome(self) -> TxnResult:
         store = self.store
@@ -199,9 +207,13 @@ class HostStore:
         return begun
 
     def depose(self) -> None:
-        """Another leader knows nothing of what is in the log and nowhere applied: it is proposed again."""
+        """Another leader knows nothing of what is in the log, nowhere applied and not held by others: it is
+        proposed again."""
         log = self.hosts.log
-        applied = max(host.store.revision for host in self.hosts.hosts)
+        applied = max(
+            *(host.store.revision for host in self.hosts.hosts),
+            *(begun.index for begun in self.begun if begun.known),
+        )
         for begun in self.begun:
             if begun.index > applied:
                 entry = log[begun.index - 1]

@@ -12,6 +12,7 @@ from aspenfs.vfs.tree import SetAttr
 from aspenfs.views.files_open import OpenInode
 from tests.coherence.hosts import Host, Hosts, run, together
 from tests.filesystem.volumes import CALLER
+from tests.views.subject import User
 
 CREATE = os.O_CREAT | os.O_RDWR
 SEEDS = range(10)
@@ -90,7 +91,7 @@ def test_other_hosts_see_it_from_the_moment_that_it_is_open() -> None:
 
 
 @pytest.mark.parametrize(
-    "look", ["lookup", "getattr", "of the directory", "list", "open", "read", "setattr", "link", "unlink",
+    "look", ["lookup", "getattr", "list", "open", "read", "setattr", "link", "unlink",
              "rename from", "rename to", "setxattr", "sync", "create", "exclusive", "mkdir"]
 )  # fmt: skip
 def test_who_asks_for_it_here_waits_until_it_is_there(look: str) -> None:
@@ -111,8 +112,6 @@ def test_who_asks_for_it_here_waits_until_it_is_there(look: str) -> None:
                 assert (await tree.lookup(1, b"f")).node == node
             elif look == "getattr":
                 assert (await tree.getattr(node)).nlink == 1
-            elif look == "of the directory":
-                assert (await tree.getattr(1)).size == 2
             elif look == "list":
                 await tree.settled(1)
                 assert tree.list_names(1, None, 9)[0] == [b"f", b"other"]
@@ -168,8 +167,104 @@ def test_that_it_has_no_attributes_is_known_at_once() -> None:
     with_two(test)
 
 
-@pytest.mark.parametrize("flags", [os.O_EXCL, os.O_APPEND, os.O_SYNC, os.O_DSYNC])
-def test_a_lock_or_a_synchronous_file_is_committed_before_it_is_open(flags: int) -> None:
+def test_who_asks_for_its_directory_is_told_of_it_at_once() -> None:
+    """The kernel does, on the way to the next file that is made there."""
+
+    async def test(hosts: Hosts, a: Host, b: Host) -> None:
+        other = (await a.mounted.mkdir(b"d")).node
+        before = await a.tree.getattr(1)
+        a.store.paused = True
+        some = [await create(a, name) for name in (b"f", b"g")]
+        with trio.fail_after(1):
+            now = await a.tree.getattr(1)
+            assert (await a.tree.getattr(other)).size == 0
+        assert now.size == before.size + 2
+        assert now.mtime_ns == now.ctime_ns > before.mtime_ns
+        assert now.nlink == before.nlink
+        a.store.go_on()
+        for _, file in some:
+            await close(file)
+        assert await a.tree.getattr(1) == now
+
+    with_two(test)
+
+
+def test_a_lock_is_open_when_others_have_it_in_memory() -> None:
+    async def test(hosts: Hosts, a: Host, b: Host) -> None:
+        a.store.paused = b.store.paused = True
+        with trio.fail_after(1):
+            node, file = await create(a, flags=CREATE | os.O_EXCL)
+        assert node in a.tree.births.children
+        assert a.store.begun[-1].known
+        assert a.store.begun[-1].hurried
+        a.store.depose()  # who leads next has it
+        a.store.go_on()
+        b.store.go_on()
+        with pytest.raises(errors.AlreadyExists):
+            await create(b, flags=CREATE | os.O_EXCL)
+        await close(file)
+        assert (await b.tree.lookup(1, b"f")).node == node
+
+    with_two(test)
+
+
+@pytest.mark.parametrize("theirs", ["the name", "the directory"])
+def test_a_lock_is_not_open_before_others_have_it(theirs: str) -> None:
+    async def test(hosts: Hosts, a: Host, b: Host) -> None:
+        a.store.paused = b.store.paused = True
+        a.store.delay = lambda: 0.2
+
+        async def make() -> int:
+            return (await create(a, flags=CREATE | os.O_EXCL))[0]
+
+        async def depose() -> int:
+            await trio.sleep(0.1)
+            a.store.cut = True  # it has begun, and nobody has heard of it
+            await trio.sleep(0.2)
+            a.store.depose()
+            a.store.cut = False
+            b.store.go_on()
+            if theirs == "the name":
+                await close((await create(b, flags=CREATE | os.O_EXCL))[1])
+            else:
+                await b.tree.setattr(1, SetAttr(mode=0o700), CALLER)
+            a.store.go_on()
+            return (await b.tree.lookup(1, b"f")).node if theirs == "the name" else 0
+
+        mine, found = await together(make, depose)
+        if theirs == "the name":
+            assert isinstance(mine, errors.AlreadyExists)
+            assert (await a.tree.lookup(1, b"f")).node == found
+            assert not a.tree.open_counts
+        else:
+            assert (await a.tree.lookup(1, b"f")).node == mine
+        assert not a.tree.births.children
+        assert not a.tree.writes.failures
+
+    with_two(test)
+
+
+def test_a_file_that_others_made_meanwhile_is_opened_for_who_may_open_all_and_looked_up_for_others() -> None:
+    """The kernel does not check: it believes that the caller has made it."""
+
+    async def test(hosts: Hosts, a: Host, b: Host) -> None:
+        theirs = (await b.mounted.create(b"f", mode=0o600)).node
+        await a.store.barrier()
+        somebody, root = User(1000, 1000), User(0, 0)
+        with pytest.raises(errors.Stale):
+            await a.tree.create(1, b"f", 0o644, CREATE, somebody)
+        with pytest.raises(errors.AlreadyExists):
+            await a.tree.create(1, b"f", 0o644, CREATE | os.O_EXCL, somebody)
+        attr, file = await a.tree.create(1, b"f", 0o644, CREATE, root)
+        assert attr.node == theirs
+        await file.release()
+        assert not a.tree.open_counts
+
+    with_two(test)
+
+
+@pytest.mark.parametrize("flags", [os.O_APPEND, os.O_SYNC, os.O_DSYNC])
+def test_a_synchronous_file_is_committed_before_it_is_open(flags: int) -> None:
     async def test(hosts: Hosts, a: Host, b: Host) -> None:
         _, file = await create(a, flags=CREATE | flags)
         assert not a.tree.births.children

@@ -25,14 +25,14 @@ from collections.abc import Sequence
 import pyfuse3
 import trio
 
-from aspenfs.fuse import loop, mounts
+from aspenfs.fuse import loop, mounts, opened
 from aspenfs.fuse.notifier import Notifier
 
 TICK_S = 0.01
 
 
 class Node:
-    __slots__ = ("attributes", "children", "data")
+    __slots__ = ("attributes", "children", "data", "direct_io")
 
     def __init__(self, ino: int, mode: int, timeout_s: float) -> None:
         self.attributes = entry = pyfuse3.EntryAttributes()
@@ -42,6 +42,7 @@ class Node:
         entry.entry_timeout = entry.attr_timeout = timeout_s
         self.children: dict[bytes, Node] = {}
         self.data = bytearray()
+        self.direct_io = False
 
 
 class ToyOperations(pyfuse3.Operations):
@@ -51,7 +52,7 @@ class ToyOperations(pyfuse3.Operations):
         super().__init__()
         self.timeout_s = timeout_s
         self.nodes = {pyfuse3.ROOT_INODE: Node(pyfuse3.ROOT_INODE, stat.S_IFDIR | 0o755, timeout_s)}
-        self.requests = 0
+        self.requests = self.flushes = 0
         self.scope = trio.CancelScope()
         self.asleep = self.asleep_max = self.held = 0
         self.released = trio.Event()
@@ -108,6 +109,7 @@ class ToyOperations(pyfuse3.Operations):
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         self.requests += 1
         node = self._add(parent_inode, name, mode)
+        node.direct_io = name.startswith(b"direct")
         return pyfuse3.FileInfo(fh=node.attributes.st_ino), node.attributes
 
     async def mkdir(
@@ -122,6 +124,8 @@ class ToyOperations(pyfuse3.Operations):
 
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         self.requests += 1
+        if flags & os.O_ACCMODE == os.O_RDONLY:
+            return opened.read_only(inode, direct_io=self.nodes[inode].direct_io, keep_cache=False)
         return pyfuse3.FileInfo(fh=inode, keep_cache=False)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -137,6 +141,7 @@ class ToyOperations(pyfuse3.Operations):
 
     async def flush(self, fh: int) -> None:
         self.requests += 1
+        self.flushes += 1
 
     async def release(self, fh: int) -> None:
         self.requests += 1
@@ -208,6 +213,7 @@ async def _obey(operations: ToyOperations, lateness: Lateness, notifier: Notifie
                         cpu_s=used.user + used.system,
                         cpu_ns=time.process_time_ns(),
                         requests=operations.requests,
+                        flushes=operations.flushes,
                         asleep_max=operations.asleep_max,
                         held=operations.held,
                         hand_overs=session.hand_overs if session else 0,

@@ -111,7 +111,9 @@ def test_the_loop_does_not_wait_for_a_thread_that_stays(monkeypatch: pytest.Monk
     assert within == [0]
 
 
-def test_a_thread_does_not_wait_for_ever_for_a_loop_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_does_not_wait_for_ever_for_a_loop_that_does_not_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(loop_turns, "_TURN_S_MAX", 10.0)
 
     async def main() -> None:

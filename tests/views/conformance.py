@@ -85,6 +85,12 @@ class Files(Conformance):
         await file.release()
 
     @case
+    async def test_create_of_what_is_there_lets_the_kernel_check_who_may_open_it(self, at: Mounted) -> None:
+        await at.create(b"f", b"kept", 0o600)
+        with pytest.raises(errors.Stale):
+            await at.tree.create(at.tree.root, b"f", 0o600, os.O_CREAT | os.O_RDWR, User(17, 18))
+
+    @case
     async def test_create_without_excl_truncates_when_asked(self, at: Mounted) -> None:
         await at.create(b"f", b"old and long")
         flags = os.O_CREAT | os.O_WRONLY | os.O_TRUNC
