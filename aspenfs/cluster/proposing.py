@@ -51,7 +51,7 @@ class Proposing(Reading):
         self.proposed_bytes += len(command)
         self._unsent.append(proposal)
 
-    def begin(self, command: bytes, context: object, done: Done, held: Done | None = None) -> bool:
+    def begin(self, command: bytes, context: object, done: Done) -> bool:
         """As `propose`, where the order is settled at once, and with it the outcome: nothing comes before it
         but what is evaluated here and what this node itself has under way. And no reader on another node
         who asks from now on is answered without it, as long as this node leads.
@@ -60,9 +60,6 @@ class Proposing(Reading):
         nothing is under way that others proposed, or whose proposer has given up. If leadership ends before
         it is committed it is proposed again, as any other; others' may be before it then. It waits for a
         `pump`: those who come soon share its sync.
-
-        `held` is called once a majority has it in its log, on disk or not, with the index of an entry up to
-        which that is so; not if leadership ends before.
         """
         raft = self.raft
         if (
@@ -80,8 +77,6 @@ class Proposing(Reading):
         self.propose(command, context, done)
         self._send_proposals()
         self._begun_queued = True
-        if held is not None:
-            self._held_queued.append(held)
         return True
 
     def _send_proposals(self) -> None:

@@ -113,12 +113,24 @@ class Taking(Base):
             self._begun, self._begun_term = raft.last_index, raft.term
             self._begun_queued = bool(self._queue)
             if self._held_queued and not self._begun_queued:
-                raft.want_held(self._begun)
-                self._held += [(raft.term, raft.last_index, done) for done in self._held_queued]
+                self._wait_till_held(self._held_queued)
                 self._held_queued = []
 
+    def when_held(self, done: Done) -> None:
+        """`done` is called once a majority has all that this node has begun in its log, on disk or not, with
+        the index of an entry up to which that is so; never, if leadership ends before. To be asked before the
+        `pump`: what was sent before that is told of when it is on disk."""
+        if self._begun_queued:
+            self._held_queued.append(done)
+        else:
+            self._wait_till_held([done])
+
+    def _wait_till_held(self, some: Sequence[Done]) -> None:
+        self.raft.want_held(self._begun)
+        self._held += [(self._begun_term, self._begun, done) for done in some]
+
     def _look_what_is_held(self) -> None:
-        """Who asked is told. Who is not, because this node ceased to lead, hears how it ended."""
+        """Who asked is told."""
         waiting, now, held = self._held, self.raft.term, self.raft.held
         while waiting and (waiting[0][1] <= held or waiting[0][0] != now):
             term, index, done = waiting.popleft()

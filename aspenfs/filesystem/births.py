@@ -95,12 +95,10 @@ class Births:
         """Returns when a file that was begun is its maker's, whatever befalls any one host (`Begun.held`).
         Its error, if another was faster."""
         child = self.children.get(node)
-        if child is not None:
-            child.birth.begun.hurry()
-            if not await child.birth.begun.held():
-                await self.settled(node)
-                if child.failure is not None:
-                    raise child.failure
+        if child is not None and not await child.birth.begun.held():
+            await self.settled(node)
+            if child.failure is not None:
+                raise child.failure
 
     async def settled(self, node: int) -> None:
         """Returns when this file, and those in this directory, are committed or failed."""

@@ -66,8 +66,8 @@ class _Alone:
 class _Begun:
     """A `kv.store.Begun`."""
 
-    def __init__(self, hurry: Callable[[], None]) -> None:
-        self.hurry = hurry
+    def __init__(self, hurry: Callable[[], None], when_held: Callable[[Done], None]) -> None:
+        self.hurry, self._when_held = hurry, when_held
         self._done, self._held = trio.Event(), trio.Event()
         self._result: object = None
 
@@ -76,10 +76,13 @@ class _Begun:
         self._done.set()
         self._held.set()
 
-    def is_held(self, _: object) -> None:
+    def _is_held(self, _: object) -> None:
         self._held.set()
 
     async def held(self) -> bool:
+        if not self._held.is_set():
+            self._when_held(self._is_held)
+            self.hurry()
         await self._held.wait()
         return not self._done.is_set()
 
@@ -221,9 +224,8 @@ class Consensus:
         """A proposal whose outcome is settled at once; None if it can not be: `Replica.begin`."""
         if self.run_inline:
             return None
-        begun = _Begun(self.wake)
-        begins = self.replica.begin(encoded, (command, origin), begun.resolve, begun.is_held)
-        return begun if begins else None
+        begun = _Begun(self.wake, self.replica.when_held)
+        return begun if self.replica.begin(encoded, (command, origin), begun.resolve) else None
 
     async def read_index(self) -> int:
         """An index that was current after the call began, and is evaluated here. NoQuorum."""

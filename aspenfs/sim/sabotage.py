@@ -235,9 +235,7 @@ def _take_repetitions(self: Replica, message: Message) -> None:
     _right_take_proposals(self, message)
 
 
-def _begin_behind_others(
-    self: Replica, command: bytes, context: object, done: Done, held: Done | None = None
-) -> bool:
+def _begin_behind_others(self: Replica, command: bytes, context: object, done: Done) -> bool:
     """Whatever others have under way."""
     self._foreign_queued = self._foreign = 0
     return _right_begin(self, command, context, done)

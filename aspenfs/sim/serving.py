@@ -52,10 +52,16 @@ def _begin(process: Process, command: Command, encoded: bytes, done: Done) -> bo
         done(result)
 
     term = process.raft.term
-    held = lambda index: invariants.held(index, term, process.raft.configuration)  # noqa: E731
-    if not replica.begin(encoded, (command, None), ended, held if rng.random() < _ASK_HELD else None):
+
+    def held(index: object) -> None:
+        assert isinstance(index, int)
+        invariants.held(index, term, process.raft.configuration)
+
+    if not replica.begin(encoded, (command, None), ended):
         invariants.begun_lost(number)
         return False
+    if rng.random() < _ASK_HELD:
+        replica.when_held(held)
     process.scheduler.after(rng.randrange(5 * MS), lambda: process.do(replica.pump), "begun")
     return True
 

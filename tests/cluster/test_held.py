@@ -11,7 +11,8 @@ def begin(leader: Node, data: bytes = b"file") -> tuple[list[object], list[objec
     """Who hears that it is held, and who hears of its end."""
     held: list[object] = []
     ended: list[object] = []
-    assert leader.replica.begin(data, None, ended.append, held.append)
+    assert leader.replica.begin(data, None, ended.append)
+    leader.replica.when_held(held.append)
     return held, ended
 
 

@@ -72,6 +72,7 @@ class HostBegun:
         self.hurried = True
 
     async def held(self) -> bool:
+        self.hurry()
         await trio.sleep(self.store.delay())
         if self.lost is None and self.store.revision < self.index and not self.store.cut:
             self.known = True
