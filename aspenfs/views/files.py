@@ -265,12 +265,12 @@ class FilesTree(Tree):
             await self.fresh()  # it is opened: what was closed elsewhere by now is in it
             try:
                 node, kind = self.names.find(parent, name)
-                if kind != stat.S_IFREG >> 12:
-                    raise errors.AlreadyExists(name)
-                handle = await self.open(node, flags, caller)
+                if kind == stat.S_IFREG >> 12:
+                    handle = await self.open(node, flags, caller)
+                    return self._attr(node), handle
             except (errors.NotFound, errors.Stale):
                 continue  # it went meanwhile
-            return self._attr(node), handle
+            raise errors.Stale(f"{name!r} has come meanwhile, and is no regular file")
         raise conflict("create")
 
     async def _create(

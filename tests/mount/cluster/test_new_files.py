@@ -168,3 +168,37 @@ for n in range(50):
     sizes = "print(sorted((name, os.stat('crowd/' + name).st_size) for name in os.listdir('crowd')))"
     expected = str(sorted((f"{k}-{n}", n) for k in range(8) for n in range(50)))
     assert {python(node, sizes).strip() for node in cluster} == {expected}
+
+
+@pytest.mark.parametrize("tree", ["files", "kv"])
+def test_who_loses_a_race_for_a_name_opens_only_what_it_may(cluster: Cluster, leader: Node, tree: str) -> None:
+    """The kernel that has sent CREATE believes that the file is the caller's own, and checks nothing."""
+    other = next(node for node in cluster if node is not leader)
+    leader.sh(f"mkdir {leader.mountpoint}/{tree}/race && chmod 1777 {leader.mountpoint}/{tree}/race")
+    script = """
+user, begin, found = int(sys.argv[2]), float(sys.argv[3]), set()
+os.chdir('../' + sys.argv[1])
+if user:
+    os.setgid(user)
+    os.setuid(user)
+for n in range(150):
+    name = f'race/{n}'
+    time.sleep(max(0.0, begin + n / 100 - time.time()))
+    try:
+        file = os.open(name, os.O_CREAT | os.O_RDWR, 0o600)
+        found.add('own' if os.fstat(file).st_uid == user else 'other')
+        os.close(file)
+    except PermissionError:
+        found.add('refused')
+print(*sorted(found))
+"""
+    users = {leader: 0, other: 1000}
+    begin = time.time() + 2
+    root, user = (
+        set(outcome.split())
+        for outcome in at_once(
+            *(lambda node=node: python(node, script, tree, str(users[node]), str(begin)) for node in users)
+        )
+    )
+    assert root <= {"own", "other"}
+    assert user == {"own", "refused"}, "or both were never at it at once"
