@@ -171,7 +171,9 @@ for n in range(50):
 
 
 @pytest.mark.parametrize("tree", ["files", "kv"])
-def test_who_loses_a_race_for_a_name_opens_only_what_it_may(cluster: Cluster, leader: Node, tree: str) -> None:
+def test_who_loses_a_race_for_a_name_opens_only_what_it_may(
+    cluster: Cluster, leader: Node, tree: str
+) -> None:
     """The kernel that has sent CREATE believes that the file is the caller's own, and checks nothing."""
     other = next(node for node in cluster if node is not leader)
     leader.sh(f"mkdir {leader.mountpoint}/{tree}/race && chmod 1777 {leader.mountpoint}/{tree}/race")
