@@ -1,6 +1,6 @@
 """Attributes and extended attributes of inodes (chmod(2), chown(2), utimensat(2), xattr(7))."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from aspenfs import errors
@@ -42,8 +42,33 @@ NAMESPACES: Final = (b"user.", b"trusted.", b"security.")
 PERMISSIONS: Final = 0o7777
 # ns that an inode holds: the years 1677 to 2262. Times beyond are kept as the nearest, as the kernel does
 # for file systems that tell it their range.
+Change = Mapping[str, int]  # mode, uid, gid, atime, mtime, ctime: those that are set
 TIME_MIN: Final = -(1 << 63)
 TIME_MAX: Final = (1 << 63) - 1
+
+
+_PLACES: Final[dict[str, tuple[int, Callable[[int], bytes]]]] = {
+    "mode": (MODE, U32), "uid": (UID, U32), "gid": (GID, U32),
+    "atime": (ATIME, I64), "mtime": (MTIME, I64), "ctime": (CTIME, I64),
+}  # fmt: skip
+
+
+def changed(inode: Inode, change: Change) -> Inode:
+    """The inode after a change. Of a `mode` the permission bits count."""
+    fields = dict(change)
+    for name in ("atime", "mtime"):
+        if name in fields:
+            fields[name] = max(TIME_MIN, min(fields[name], TIME_MAX))
+    if "mode" in fields:
+        fields["mode"] = inode.mode & ~PERMISSIONS | fields["mode"] & PERMISSIONS
+    return inode._replace(**fields)
+
+
+def edits_of(inode: Inode, change: Change) -> list[Edit]:
+    """What a change does to the row of an inode."""
+    after = changed(inode, change)
+    places = [(name, *_PLACES[name]) for name in _PLACES if name in change]
+    return [patch(place, pack(getattr(after, name))) for name, place, pack in places]
 
 
 class AttributeOperations:
@@ -52,55 +77,26 @@ class AttributeOperations:
     def __init__(self, volume: Volume) -> None:
         self.volume, self.store = volume, volume.store
 
-    async def change(
-        self,
-        node: int,
-        *,
-        mode: int | None = None,
-        uid: int | None = None,
-        gid: int | None = None,
-        atime: int | None = None,
-        mtime: int | None = None,
-        ctime: int | None = None,
-    ) -> Inode:
-        """Sets what is not None, all in one transaction; `mode` is the permission bits. The inode after."""
+    async def change(self, node: int, change: Change) -> Inode:
+        """Makes a change in one transaction. The inode after."""
         key = inode_key(node)
         for _ in range(ATTEMPTS):
             record = self.store.get(key)
             if record is None:
                 raise errors.Stale(f"inode {node} is gone")
             inode = unpack_inode(record.value)
-            now = self.volume.now() if ctime is None else ctime
-            edits: list[Edit] = [patch(CTIME, I64(now))]
-            changed: dict[str, int] = {"ctime": now}
-            if uid is not None:
-                edits.append(patch(UID, U32(uid)))
-                changed["uid"] = uid
-            if gid is not None:
-                edits.append(patch(GID, U32(gid)))
-                changed["gid"] = gid
-            if atime is not None:
-                atime = max(TIME_MIN, min(atime, TIME_MAX))
-                edits.append(patch(ATIME, I64(atime)))
-                changed["atime"] = atime
-            if mtime is not None:
-                mtime = max(TIME_MIN, min(mtime, TIME_MAX))
-                edits.append(patch(MTIME, I64(mtime)))
-                changed["mtime"] = mtime
-            if mode is not None:
-                changed["mode"] = inode.mode & ~PERMISSIONS | mode & PERMISSIONS
-                edits.append(patch(MODE, U32(changed["mode"])))
-            operations = [merge(key, *edits)]
-            if mode is not None and inode.flags & HAS_XATTRS:
+            change = {"ctime": self.volume.now(), **change}
+            operations = [merge(key, *edits_of(inode, change))]
+            if "mode" in change and inode.flags & HAS_XATTRS:
                 held = self.store.get(xattr_key(node, acl.ACCESS))
                 if held is not None:
-                    value = acl.pack(acl.with_mode(acl.parse(held.value), mode))
+                    value = acl.pack(acl.with_mode(acl.parse(held.value), change["mode"]))
                     operations.append(put(xattr_key(node, acl.ACCESS), value))
             result = await self.store.txn(
                 (compare_mod_revision(key, EQUAL, record.mod_revision),), operations, origin=self.volume
             )
             if result.succeeded:
-                return inode._replace(**changed)
+                return changed(inode, change)
         raise conflict("setattr")
 
     async def record_reads(self, atimes: dict[int, int]) -> bool:

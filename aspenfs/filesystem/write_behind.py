@@ -5,9 +5,10 @@ way, what is written to that file meanwhile gathers, and goes with the next one:
 few commits, however small they are, and this host's writers of one file never conflict with each other.
 
 A write may return before its commit where something later waits for it and can tell its error: where the
-kernel sends FLUSH at close(2) (`returns_early`, docs/design/coherence.md). Otherwise it waits itself. Either
-way reads here must show what was written: who reads a file first waits until it is `settled`. Not here:
-what a write does to a file (`writing.py`), and who asks for errors (`views/files.py`).
+kernel sends FLUSH at close(2) (`returns_early`, docs/design/coherence.md). Otherwise it waits itself. Changes
+of attributes may come in between (`change`). Either way reads here must show what was written: who reads a
+file first waits until it is `settled`. Not here: what a write does to a file (`writing.py`), and who asks for
+errors (`views/files.py`).
 """
 
 from collections import deque
@@ -18,6 +19,8 @@ from itertools import islice
 from typing import Final
 
 from aspenfs import errors
+from aspenfs.filesystem.attributes import Change, changed
+from aspenfs.filesystem.layout import Inode
 from aspenfs.filesystem.volume import Tasks, Volume
 from aspenfs.filesystem.writing import BLOBS_MAX, Piece, Writer
 from aspenfs.kv.watch import Signal
@@ -33,19 +36,23 @@ _CUT_PAUSES_MAX: Final = 10  # that the rest of a write that the kernel has cut 
 
 
 class _Waiting:
-    """Bytes that belong together, not yet a piece. `believed` is where the writer thinks that they go."""
+    """Bytes that belong together, not yet a piece, and what is to be changed behind them, if anything: then
+    the bytes may lack. `believed` is where the writer thinks that they go."""
 
-    __slots__ = ("believed", "length", "offset", "parts", "piece", "writes")
+    __slots__ = ("believed", "change", "length", "offset", "parts", "piece", "time", "under_way", "writes")
 
-    def __init__(self, offset: int | None, believed: int, data: bytes) -> None:
-        self.offset, self.believed, self.length = offset, believed, len(data)
+    def __init__(self, time: int, offset: int | None, believed: int, data: bytes) -> None:
+        self.time, self.offset, self.believed, self.length = time, offset, believed, len(data)
         self.parts, self.writes = [data], 1
         self.piece: Piece | None = None  # once its bytes are in the chunk store, or in a transaction
+        self.change: dict[str, int] | None = None
+        self.under_way = False  # in a transaction
 
     def continues(self, offset: int | None, believed: int, size: int) -> bool:
         """Whether `size` bytes more belong right behind."""
         return (
             self.piece is None
+            and self.change is None
             and (offset is None) is (self.offset is None)
             and believed == self.believed + self.length
             and self.length + size <= CHUNK_BYTES_MAX
@@ -61,7 +68,8 @@ class _Waiting:
             and not ((self.believed + self.length) % PAGE_BYTES)
         )
 
-    def extend(self, data: bytes) -> None:
+    def extend(self, time: int, data: bytes) -> None:
+        self.time = time
         self.parts.append(data)
         self.length += len(data)
         self.writes += 1
@@ -70,12 +78,27 @@ class _Waiting:
 class _File:
     """What is under way for one inode. Numbers count the writes that were `taken` in and `done`."""
 
-    __slots__ = ("bytes", "done", "taken", "waiters", "waiting")
+    __slots__ = ("appended", "bytes", "change", "done", "end", "taken", "waiters", "waiting")
 
     def __init__(self) -> None:
         self.waiting: deque[_Waiting] = deque()
         self.bytes = self.taken = self.done = 0
         self.waiters: list[_Waiter] = []
+        # What the file will be when all that was taken is committed: its end at the least, what else of its
+        # attributes, and whether nobody can tell, because what is appended goes to wherever its end will be.
+        self.end = 0
+        self.change: dict[str, int] = {}
+        self.appended = False
+
+    def next(self) -> list[_Waiting]:
+        """What may go together: up to the first change of attributes."""
+        some: list[_Waiting] = []
+        for waiting in islice(self.waiting, BLOBS_MAX):
+            waiting.under_way = True
+            some.append(waiting)
+            if waiting.change is not None:
+                break
+        return some
 
 
 class _Waiter:
@@ -116,28 +139,62 @@ class WriteBehind:
             await self._wait(tasks, file, file.taken)
 
     def _take(self, tasks: Tasks, node: int, offset: int | None, believed: int, data: bytes) -> _File:
-        file = self.files.get(node)
+        file, now = self.files.get(node), self.volume.now()
         last = file.waiting[-1] if file is not None and file.waiting else None
         if last is not None and last.continues(offset, believed, len(data)):
-            last.extend(data)
+            last.extend(now, data)
         else:
-            waiting = _Waiting(offset, believed, data)
+            waiting = _Waiting(now, offset, believed, data)
             if len(data) == CHUNK_BYTES_MAX:
                 self._seal(waiting)  # before it counts: on a full disk this write fails, and no other
-            if file is None:
-                file = self.files[node] = _File()
-                tasks.spawn(partial(self._run, tasks, node, file))
+            file = self._file(tasks, node)
             file.waiting.append(waiting)
         assert file is not None  # else there was no last one
         file.bytes += len(data)
         self.bytes += len(data)
         file.taken += 1
+        file.end = max(file.end, believed + len(data))
+        file.appended = file.appended or offset is None
+        file.change["mtime"] = file.change["ctime"] = now
         return file
+
+    def _file(self, tasks: Tasks, node: int) -> _File:
+        file = self.files.get(node)
+        if file is None:
+            file = self.files[node] = _File()
+            tasks.spawn(partial(self._run, tasks, node, file))
+        return file
+
+    def expected(self, node: int, inode: Inode) -> Inode | None:
+        """What `inode`, as it is here, will be when all that was taken is committed; None: nobody can tell."""
+        file = self.files.get(node)
+        if file is None:
+            return inode
+        if file.appended:
+            return None
+        return changed(inode, file.change)._replace(size=max(inode.size, file.end))
+
+    def change(self, node: int, change: Change) -> None:
+        """Takes a change of attributes in, behind what was written. Only where writes return early: its
+        error is told as theirs."""
+        tasks = self.volume.tasks
+        assert tasks is not None  # or writes do not return early
+        file = self._file(tasks, node)
+        if not file.waiting or file.waiting[-1].under_way:
+            nothing = _Waiting(0, 0, 0, b"")
+            nothing.parts, nothing.writes = [], 0
+            file.waiting.append(nothing)
+        last = file.waiting[-1]
+        change = {"ctime": self.volume.now(), **change}
+        last.change = {**(last.change or {}), **change}
+        last.writes += 1
+        file.taken += 1
+        file.change |= change
 
     def _seal(self, waiting: _Waiting) -> Piece:
         if waiting.piece is None:
             data = waiting.parts[0] if len(waiting.parts) == 1 else b"".join(waiting.parts)
-            waiting.piece = self.writer.piece(waiting.offset, data)
+            waiting.piece = self.writer.piece(waiting.time, waiting.offset, data)
             waiting.parts.clear()
         return waiting.piece
 
@@ -203,9 +260,13 @@ class WriteBehind:
 
     async def _commit(self, node: int, file: _File) -> None:
         """One transaction. Until it is over nothing is added to what it carries."""
-        some = list(islice(file.waiting, BLOBS_MAX))
-        starts = await self.writer.write_some(node, [self._seal(waiting) for waiting in some])
-        for waiting, start in zip(some, starts, strict=False):
+        some = file.next()
+        pieces = [self._seal(waiting) for waiting in some if waiting.length]
+        starts = iter(await self.writer.write_some(node, pieces, some[-1].change))
+        for waiting in some:
+            start = next(starts, None) if waiting.length else waiting.believed
+            if start is None:
+                break  # what does not fit goes next
             file.waiting.popleft()
             self._done_with(file, waiting)
             if start != waiting.believed:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from aspenfs import errors
+from aspenfs.filesystem.attributes import Change, edits_of
 from aspenfs.filesystem.births import Births
 from aspenfs.filesystem.content import EXTENTS_A_STEP, OPS_ROOM, Content
 from aspenfs.filesystem.layout import (
@@ -60,25 +61,31 @@ BLOBS_MAX: Final = 32  # that one transaction names anew: their bytes are sent t
 
 class Piece:
     """Bytes to be written at `offset`, or at the end (None): `data`, or `length` bytes from `start` of a
-    blob, which is pinned until the piece is written or given up."""
+    blob, which is pinned until the piece is written or given up. `time`, in ns: when that was asked for."""
 
-    __slots__ = ("data", "digest", "length", "offset", "start")
+    __slots__ = ("data", "digest", "length", "offset", "start", "time")
 
     def __init__(
-        self, offset: int | None, data: bytes, digest: bytes = b"", start: int = 0, length: int = 0
+        self,
+        time: int,
+        offset: int | None,
+        data: bytes,
+        digest: bytes = b"",
+        start: int = 0,
+        length: int = 0,
     ) -> None:
         self.offset, self.data, self.digest, self.start = offset, data, digest, start
-        self.length = length or len(data)
+        self.length, self.time = length or len(data), time
 
     def halves(self, offset: int) -> tuple["Piece", "Piece"]:
         """Two pieces in its place, at `offset`."""
-        half = self.length // 2
+        half, time = self.length // 2, self.time
         if self.digest:
             return (
-                Piece(offset, b"", self.digest, self.start, half),
-                Piece(offset + half, b"", self.digest, self.start + half, self.length - half),
+                Piece(time, offset, b"", self.digest, self.start, half),
+                Piece(time, offset + half, b"", self.digest, self.start + half, self.length - half),
             )
-        return Piece(offset, self.data[:half]), Piece(offset + half, self.data[half:])
+        return Piece(time, offset, self.data[:half]), Piece(time, offset + half, self.data[half:])
 
 
 class _Step(NamedTuple):
@@ -150,7 +157,7 @@ class Writer:
         written_at = offset
         for at in range(0, len(data), CHUNK_BYTES_MAX):
             chunk = data if len(data) <= CHUNK_BYTES_MAX else data[at : at + CHUNK_BYTES_MAX]
-            piece = self.piece(None if offset is None else offset + at, chunk)
+            piece = self.piece(self.volume.now(), None if offset is None else offset + at, chunk)
             try:
                 (went,) = await self.write_some(node, (piece,))
             finally:
@@ -158,19 +165,21 @@ class Writer:
             written_at = went if written_at is None else written_at
         return written_at or 0
 
-    def piece(self, offset: int | None, data: bytes) -> Piece:
+    def piece(self, time: int, offset: int | None, data: bytes) -> Piece:
         """A piece of at most CHUNK_BYTES_MAX; a large one is in the chunk store from now on. NoSpace."""
         if len(data) < INLINE_WRITE_BYTES_MAX:
-            return Piece(offset, data)
-        return Piece(offset, b"", self._pin(data), 0, len(data))
+            return Piece(time, offset, data)
+        return Piece(time, offset, b"", self._pin(data), 0, len(data))
 
     def done_with(self, piece: Piece) -> None:
         if piece.digest:
             self._unpin(piece.digest)
 
-    async def write_some(self, node: int, pieces: Sequence[Piece]) -> list[int]:
+    async def write_some(
+        self, node: int, pieces: Sequence[Piece], change: Change | None = None
+    ) -> list[int]:
         """Writes as many of the pieces, in order, as fit into one transaction, one at least; where they
-        went. Stale, TooLarge."""
+        went. If that is all of them, attributes are changed too (with a ctime). Stale, TooLarge."""
         key = inode_key(node)
         for _ in range(ATTEMPTS):
             record, birth = self.store.get(key), None
@@ -182,20 +191,25 @@ class Writer:
                 if not birth:
                     raise errors.Stale(f"inode {node} is gone")
                 inode, same = birth.birth.inode, compare_value(key, EQUAL, birth.birth.row)
-            plan = (
-                self._plan(node, inode, pieces) if len(pieces) > 1 else self._single(node, inode, pieces[0])
-            )
+            plan = self._planned(node, inode, pieces)
             if plan is None:
-                return [await self._write_halves(node, inode, pieces[0])]
+                start = await self._write_halves(node, inode, pieces[0])
+                if change and len(pieces) == 1:
+                    await self.write_some(node, (), change)
+                return [start]
             starts, operations, references, allocated, size, sealed = plan
-            now = self.volume.now()
-            edits: list[Edit] = [patch(MTIME, TIMES2(now, now))]
+            edits: list[Edit] = []
+            if pieces:
+                written = pieces[len(starts) - 1].time
+                edits.append(patch(MTIME, TIMES2(written, written)))
             if size > inode.size:
                 edits.append(patch(SIZE, I64(size)))
             if allocated:
                 edits.append(add(ALLOCATED, allocated))
             if references.deltas:
                 operations += references.operations()
+            if change and len(starts) == len(pieces):
+                edits += edits_of(inode, change)
             operations.append(merge(key, *edits))
             try:
                 result = await self.volume.txn((same,), operations)
@@ -218,6 +232,12 @@ class Writer:
         return start
 
     # --- planning ---
+
+    def _planned(self, node: int, inode: Inode, pieces: Sequence[Piece]) -> Planned | None:
+        """A transaction of the first of the pieces; None if the very first needs more than one."""
+        if not pieces:
+            return [], [], References(), 0, 0, []
+        return self._plan(node, inode, pieces) if len(pieces) > 1 else self._single(node, inode, pieces[0])
 
     def _single(self, node: int, inode: Inode, piece: Piece) -> Planned | None:
         """A transaction of one piece; None if it needs more than one."""

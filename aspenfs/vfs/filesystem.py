@@ -223,7 +223,7 @@ class FileSystem:
                 raise
         return await operation()
 
-    async def getattr(self, ino: int) -> tuple[Tree, Attr]:
+    async def getattr(self, ino: int) -> tuple[Validity, Attr]:
         tree, node = self.locate(ino)
         if tree.shared:
             await self.coherence.strict_barrier()
@@ -231,7 +231,7 @@ class FileSystem:
         if tree.shared and self.asks_anew(attr.mode):
             await self.coherence.barrier()
             attr = await tree.getattr(node)
-        return tree, attr
+        return UNCACHED if tree.is_under_way(node) else tree, attr
 
     def asks_anew(self, mode: int) -> bool:
         """Whether the kernel must ask for the attributes of such an inode each time: it opens directories
@@ -239,10 +239,11 @@ class FileSystem:
         coherence = self.coherence
         return coherence.opendir_unasked and coherence.asks_for_directories() and stat.S_ISDIR(mode)
 
-    async def setattr(self, ino: int, wanted: SetAttr, caller: Caller) -> tuple[Tree, Attr]:
+    async def setattr(self, ino: int, wanted: SetAttr, caller: Caller) -> tuple[Validity, Attr]:
         tree, node = self.locate(ino)
         try:
-            return tree, await self._sure(partial(tree.setattr, node, wanted, caller))
+            attr = await self._sure(partial(tree.setattr, node, wanted, caller))
+            return UNCACHED if tree.is_under_way(node) else tree, attr
         except errors.AspenError:
             self.coherence.touched(ino, True)  # some of it may have happened
             raise

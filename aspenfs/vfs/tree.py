@@ -169,6 +169,10 @@ class Tree:
         """Returns when reads here show all that was committed anywhere before the call."""
 
     # --- being sure ---
+    def is_under_way(self, node: int) -> bool:
+        """Whether changes of the node by this host are not committed yet: what is told of it may change."""
+        return False
+
     async def settled(self, node: int) -> None:
         """Before a directory is listed: what has been made in it here is there."""
 

@@ -45,6 +45,7 @@ SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
 COMMITTED: Final = os.O_APPEND | os.O_SYNC | os.O_DSYNC
 
 
+_OWNER: Final = ("uid", "gid")
 _NO_NAME: Final = layout.I64(0)  # how the value of an inode begins when its nlink is 0
 _new = tuple.__new__  # half the cost of a NamedTuple's own constructor
 _unpack_inode: Callable[[bytes], layout.Inode] = layout.INODE.unpack_from  # type: ignore[assignment]
@@ -78,8 +79,10 @@ class FilesTree(Tree):
         self.attributes = AttributeOperations(volume)
         self.births = Births(volume, self.names, self._not_born)
         self.writer.births = self.births
-        self.begins_files = True  # a new file may be committed when it is closed
+        self.begins_files = True  # a new file, and its attributes, may be committed when it is closed
         self.open_counts: dict[int, int] = {}
+        # (inode, thread) -> how often that has it open for writing
+        self.writers: dict[tuple[int, int], int] = {}
         self.ghosts: dict[int, Attr] = {}  # no row any more, but the kernel may still ask
         self.atimes: dict[int, int] = {}
         # The directory that was last listed in one go, its revision then, and its entries: a change of any of
@@ -111,9 +114,11 @@ class FilesTree(Tree):
 
     async def getattr(self, node: int) -> Attr:
         children = self.births.children
-        if node in children:
-            await self.births.settled(node)
-        if self.writes.files:
+        if self.is_under_way(node):
+            expected = self._expected(node)
+            if expected is not None:
+                return to_attr(node, expected)
+            await self.settled(node)
             await self.writes.settled(node)
         attr = self._attr(node)
         if children and stat.S_ISDIR(attr.mode):
@@ -157,7 +162,8 @@ class FilesTree(Tree):
     async def open(self, node: int, flags: int, caller: Caller) -> OpenFile:
         """Stale when a rename or unlink came between the kernel's lookup and this: it looks up again."""
         await self.settled(node)
-        handle = self._handle(node, flags)  # first: who removes its last name from now on leaves an orphan
+        # First: who removes its last name from now on leaves an orphan.
+        handle = self._handle(node, flags, caller)
         try:
             record = self.store.get(layout.INODE_PREFIX + node.to_bytes(8, "big"))
             # Without a name it may be on its way out, unless it is held.
@@ -169,15 +175,18 @@ class FilesTree(Tree):
                 await self.writes.settled(node)
                 inode = await self.content.truncate(node, 0)
                 if inode.mode & SET_IDS and caller.uid:
-                    await self.attributes.change(node, mode=_without_set_ids(inode.mode))
+                    await self.attributes.change(node, {"mode": _without_set_ids(inode.mode)})
         except BaseException:
-            self.released(node)
+            self.released(handle)
             raise
         return handle
 
-    def _handle(self, node: int, flags: int) -> OpenInode:
+    def _handle(self, node: int, flags: int, caller: Caller) -> OpenInode:
         self.open_counts[node] = self.open_counts.get(node, 0) + 1
-        return OpenInode(self, node, flags)
+        if flags & os.O_ACCMODE:
+            writer = node, caller.pid
+            self.writers[writer] = self.writers.get(writer, 0) + 1
+        return OpenInode(self, node, flags, caller.pid)
 
     def list_names(self, node: int, behind: Any, limit: int) -> tuple[Sequence[bytes], Any]:
         if behind is None:
@@ -234,23 +243,46 @@ class FilesTree(Tree):
         if ghost is not None:
             self.ghosts[node] = ghost = _changed(ghost, wanted, self.volume.now())
             return ghost
-        mode, uid, gid, size, atime, mtime, ctime = wanted
+        size, change = wanted.size, _changes(wanted)
+        if wanted.atime_ns is not None:
+            self.atimes.pop(node, None)
+        if size is None and self._tells_at_close(node, caller):
+            inode = self._expected(node)
+            # With extended attributes there may be an access control list to change, too.
+            if inode is not None and not ("mode" in change and inode.flags & layout.HAS_XATTRS):
+                self.writes.change(node, change)
+                return await self.getattr(node)
         await self.settled(node)
         if self.writes.files:
             await self.writes.settled(node)
         inode = None
         # Owner first, size, then times and mode, which also undo what a size change did to the times.
-        if uid is not None or gid is not None:
-            inode = await self.attributes.change(
-                node, uid=uid, gid=gid, **({} if size is not None else _rest(mode, atime, mtime, ctime))
-            )
         if size is not None:
+            owner: dict[str, int] = {name: change.pop(name) for name in _OWNER if name in change}
+            if owner:
+                await self.attributes.change(node, owner)
             inode = await self.content.truncate(node, size)
-        if (mode, atime, mtime, ctime) != (None,) * 4 and (size is not None or inode is None):
-            inode = await self.attributes.change(node, **_rest(mode, atime, mtime, ctime))
-        if atime is not None:
-            self.atimes.pop(node, None)
+        if change:
+            inode = await self.attributes.change(node, change)
         return self._attr(node) if inode is None else self._now(node, inode)
+
+    def is_under_way(self, node: int) -> bool:
+        return node in self.writes.files or node in self.births.children
+
+    def _tells_at_close(self, node: int, caller: Caller) -> bool:
+        """Whether a change by `caller` may fail behind its back: it has written to the file, the outcome of
+        which is open, and is told of both when it closes it."""
+        early = self.begins_files and self.writes.returns_early and not self.store.alone
+        return early and (node, caller.pid) in self.writers and self.is_under_way(node)
+
+    def _expected(self, node: int) -> layout.Inode | None:
+        """The inode as it will be when all that this host has under way is committed; None where that can not
+        be told. Who asks on this host need not wait for it: it is what local programs have done."""
+        record = self.store.get(layout.inode_key(node))
+        child = self.births.children.get(node)
+        if record is not None:
+            return self.writes.expected(node, layout.unpack_inode(record.value))
+        return None if child is None else self.writes.expected(node, child.birth.inode)
 
     async def create(
         self, parent: int, name: bytes, mode: int, flags: int, caller: Caller
@@ -277,7 +309,7 @@ class FilesTree(Tree):
         self, parent: int, name: bytes, mode: int, flags: int, caller: Caller
     ) -> tuple[Attr, OpenFile]:
         node = await self.volume.new_id()
-        handle = self._handle(node, flags)  # first: others may remove it as soon as it is there
+        handle = self._handle(node, flags, caller)  # first: others may remove it as soon as it is there
         try:
             if self.begins_files and self.writes.returns_early and not flags & COMMITTED:
                 begun = self.births.begin(parent, name, mode, caller.uid, caller.gid, node)
@@ -287,7 +319,7 @@ class FilesTree(Tree):
                     return to_attr(node, begun), handle
             _, inode = await self.names.make(parent, name, mode, caller.uid, caller.gid, node=node)
         except BaseException:
-            self.released(node)
+            self.released(handle)
             raise
         return self._now(node, inode), handle
 
@@ -385,7 +417,13 @@ class FilesTree(Tree):
         await self.flush_atimes()
         await self.store.committed()
 
-    def released(self, node: int) -> None:
+    def released(self, handle: OpenInode) -> None:
+        node = handle.node
+        if handle.flags & os.O_ACCMODE:
+            writer = node, handle.opener
+            self.writers[writer] -= 1
+            if not self.writers[writer]:
+                del self.writers[writer]
         left = self.open_counts[node] - 1
         if left:
             self.open_counts[node] = left
@@ -448,8 +486,10 @@ def _size(record: Record | None) -> bytes | None:
     return None if record is None else record.value[layout.SIZE : layout.SIZE + 8]
 
 
-def _rest(mode: int | None, atime: int | None, mtime: int | None, ctime: int | None) -> dict[str, int | None]:
-    return {"mode": mode, "atime": atime, "mtime": mtime, "ctime": ctime}
+def _changes(wanted: SetAttr) -> dict[str, int]:
+    mode, uid, gid, _, atime, mtime, ctime = wanted
+    some = {"mode": mode, "uid": uid, "gid": gid, "atime": atime, "mtime": mtime, "ctime": ctime}
+    return {name: value for name, value in some.items() if value is not None}
 
 
 def _without_set_ids(mode: int) -> int:

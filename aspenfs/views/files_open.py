@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 
 class OpenInode(OpenFile):
-    __slots__ = ("appends", "direct_io", "failures", "flags", "node", "tree")
+    __slots__ = ("appends", "direct_io", "failures", "flags", "node", "opener", "tree")
 
-    def __init__(self, tree: "FilesTree", node: int, flags: int) -> None:
-        self.tree, self.node, self.flags = tree, node, flags
+    def __init__(self, tree: "FilesTree", node: int, flags: int, opener: int) -> None:
+        """`opener`: the thread that opens it."""
+        self.tree, self.node, self.flags, self.opener = tree, node, flags, opener
         self.appends = bool(flags & os.O_APPEND)
         self.direct_io = must_append_whole(flags, tree.store.alone)
         self.failures = tree.writes.failures[node][0] if node in tree.writes.failures else 0  # told already
@@ -80,4 +81,4 @@ class OpenInode(OpenFile):
 
     async def release(self) -> None:
         await self._settled()
-        self.tree.released(self.node)
+        self.tree.released(self)

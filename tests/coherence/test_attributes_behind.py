@@ -1,0 +1,292 @@
+"""Attributes that are changed while a file is written: they go with the writes, in their order."""
+
+import os
+import stat
+from collections.abc import Awaitable, Callable
+
+import pytest
+import trio
+
+from aspenfs import errors
+from aspenfs.vfs.coherence import UNCACHED
+from aspenfs.vfs.filesystem import FileSystem
+from aspenfs.vfs.tree import Attr, SetAttr
+from aspenfs.views.files_open import OpenInode
+from tests.coherence.hosts import Host, Hosts, run
+from tests.filesystem.volumes import CALLER
+from tests.views.subject import User
+
+CREATE = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+PAST = 1_000_000_000 * 10**9
+LIKE_TAR = SetAttr(mtime_ns=PAST), SetAttr(uid=17, gid=18), SetAttr(mode=0o750)
+
+
+def with_two(test: Callable[[Hosts, Host, Host], Awaitable[None]], seed: int = 0) -> None:
+    """`a` leads."""
+
+    async def main(hosts: Hosts) -> None:
+        a, b = await hosts.host(1), await hosts.host(2)
+        a.tree.write_behind = b.tree.write_behind = True
+        a.store.leads = True
+        await a.volume.new_id()
+        await hosts.everywhere()
+        await test(hosts, a, b)
+
+    run(main, seed)
+
+
+async def create(host: Host, flags: int = CREATE) -> tuple[int, OpenInode]:
+    attr, file = await host.tree.create(1, b"f", 0o600, flags, CALLER)
+    assert isinstance(file, OpenInode)
+    return attr.node, file
+
+
+async def close(file: OpenInode) -> None:
+    try:
+        await file.flush()
+    finally:
+        await file.release()
+
+
+async def seen_by(host: Host) -> Attr:
+    await host.store.barrier()
+    return await host.tree.lookup(1, b"f")
+
+
+def is_like_tar(attr: Attr, size: int) -> bool:
+    facts = attr.size, attr.mtime_ns, attr.uid, attr.gid, attr.mode
+    return facts == (size, PAST, 17, 18, stat.S_IFREG | 0o750)
+
+
+@pytest.mark.parametrize(
+    ("new", "data"),
+    [(True, b""), (True, b"data"), (True, b"x" * (3 << 20)), (False, b"data"), (False, b"x" * (3 << 20))],
+)
+def test_they_are_answered_at_once_and_close_waits_for_them(new: bool, data: bytes) -> None:
+    async def test(hosts: Hosts, a: Host, b: Host) -> None:
+        if not new:
+            await a.mounted.create(b"f")
+        a.store.paused = b.store.paused = True
+        with trio.fail_after(1):
+            node, file = await create(a, CREATE if new else os.O_CREAT | os.O_WRONLY)
+            if data:
+                await file.write(0, data)
+            for change in LIKE_TAR:
+                told = await a.tree.setattr(node, change, CALLER)
+        assert is_like_tar(told, len(data))
+        with trio.move_on_after(1) as waited:
+            await file.flush()
+        assert waited.cancelled_caught
+        a.store.go_on()
+        b.store.go_on()
+        await close(file)
+        assert is_like_tar(await seen_by(b), told.size)
+        assert is_like_tar(await a.tree.getattr(node), told.size)
+        assert await b.mounted.read(b"f") == data
+        assert not a.tree.writers
+
+    with_two(test)
+
+
+def test_they_share_a_transaction() -> None:
+    async def test(hosts: Hosts, a: Host, b: Host) -> None:
+        length = len(hosts.log)
+        a.store.paused = b.store.paused = True
+        node, file = await create(a)
+        await file.write(0, b"one")
+        await trio.sleep(0.1)  # it is on its way
+        for change in LIKE_TAR:
+            await a.tree.setattr(node, change, CALLER)
+        assert len(hosts.log) == length + 2
+        a.store.go_on()
+        b.store.go_on()
+        await close(file)
+        assert len(hosts.log) == length + 3
+
+    with_two(test)
+
+
+def test_bytes_and_what_is_changed_behind_them_go_together() -> None:
+    async def test(hosts: Hosts, a: Host, b: Host) -> None:
+        a.store.paused = b.store.paused = True
+        node, file = await create(a)
+        await file.write(0, b"one")
+        await trio.sleep(0.1)
+        length = len(hosts.log)
+        await file.write(3, b"two")
+        await file.write(6, b"three")
+        await a.tree.setattr(node, SetAttr(mtime_ns=PAST), CALLER)
+        a.store.go_on()
+        b.store.go_on()
+        await close(file)
+        assert len(hosts.log) == length + 1
+        attr = await seen_by(b)
+        assert (attr.size, attr.mtime_ns) == (11, PAST)
+        assert await b.mounted.read(b"f") == b"onetwothree"
+
+    with_two(test)
+
+
+def test_what_is_written_behind_them_moves_the_time_again() -> None:
+    async def test(hosts: Hosts, a: Host, b: Host) -> None:
+        a.store.paused = b.store.paused = True
+        node, file = await create(a)
+        await file.write(0, b"one")
+        await a.tree.setattr(node, SetAttr(mtime_ns=PAST, mode=0o640), CALLER)
+        await file.write(3, b"two")
+        await a.tree.setattr(node, SetAttr(atime_ns=PAST), CALLER)
+        a.store.go_on()
+        b.store.go_on()
+        await close(file)
+        attr = await seen_by(b)
+        assert attr.mtime_ns > PAST
+        assert (attr.size, attr.atime_ns, stat.S_IMODE(attr.mode)) == (6, PAST, 0o640)
+        assert await b.mounted.read(b"f") == b"onetwo"
+
+    with_two(test)
+
+
+@pytest.mark.parametrize(
+    "why", ["another thread", "a reader", "size", "closed", "-o sync", "access control list", "nothing open"]
+)
+def test_who_is_told_of_no_error_waits(why: str) -> None:
+    async def test(hosts: Hosts, a: Host, b: Host) -> None:
+        node = (await a.mounted.create(b"f")).node
+        reader = await a.tree.open(node, os.O_RDONLY, CALLER)
+        writer = User()
+        writer.pid = 99 if why in ("a reader", "closed") else CALLER.pid
+        file = await a.tree.open(node, os.O_WRONLY, writer)
+        other = await a.tree.open(node, os.O_WRONLY, CALLER) if why == "closed" else None
+        asker, change = CALLER, SetAttr(mode=0o640)
+        if why == "another thread":
+            asker = User()
+            asker.pid = 77
+        elif why == "size":
+            change = SetAttr(size=2, mode=0o640)
+        elif why == "-o sync":
+            a.tree.begins_files = False
+        elif why == "access control list":
+            await a.tree.setxattr(node, b"user.any", b"1")
+        a.store.paused = True
+        if why != "nothing open":
+            await file.write(0, b"data")
+        if other is not None:
+            a.tree.released(other)  # type: ignore[arg-type]
+        with trio.move_on_after(1) as waited:
+            await a.tree.setattr(node, change, asker)
+        assert waited.cancelled_caught
+        a.store.go_on()
+        await file.flush()
+        await file.release()
+        await reader.release()
+        assert not a.tree.writers
+
+    with_two(test)
+
+
+def test_without_early_answers_they_wait() -> None:
+    async def test(hosts: Hosts, a: Host, b: Host) -> None:
+        node, file = await create(a)
+        await file.write(0, b"data")
+        a.tree.write_behind = False
+        await a.tree.setattr(node, SetAttr(mode=0o640), CALLER)
+        assert not a.tree.is_under_way(node)
+        await close(file)
+
+    with_two(test)
+
+
+def test_who_looks_here_is_told_at_once_and_the_kernel_keeps_nothing_of_the_answer() -> None:
+    async def test(hosts: Hosts, a: Host, b: Host) -> None:
+        mounted = FileSystem([a.tree], 0)
+        node, file = await create(a)
+        a.store.paused = True
+        await file.write(0, b"data")
+        ino = mounted.ino_of(a.tree, node)
+        validity, told = await mounted.setattr(ino, SetAttr(mtime_ns=PAST), CALLER)
+        assert validity is UNCACHED
+        assert told.size == 4
+        with trio.fail_after(1):
+            validity, looked = await mounted.getattr(ino)
+        assert validity is UNCACHED
+        assert looked == told
+        a.store.go_on()
+        await file.flush()
+        validity, committed = await mounted.getattr(ino)
+        assert validity is a.tree
+        assert committed._replace(blocks=told.blocks) == told
+        validity, _ = await mounted.setattr(ino, SetAttr(mtime_ns=PAST), CALLER)
+        assert validity is a.tree
+        await close(file)
+
+    with_two(test)
+
+
+@pytest.mark.parametrize("what", ["new", "written"])
+def test_close_tells_that_they_failed_once(what: str) -> None:
+    async def test(hosts: Hosts, a: Host, b: Host) -> None:
+        node, file = await create(a)
+        await file.flush()
+        a.store.cut = True
+        await file.write(0, b"data")
+        if what == "new":
+            await trio.sleep(0.1)
+        await a.tree.setattr(node, SetAttr(mode=0o640), CALLER)
+        with pytest.raises(errors.NoQuorum):
+            await file.flush()
+        await file.flush()
+        a.store.cut = False
+        assert stat.S_IMODE((await a.tree.getattr(node)).mode) == 0o600
+        assert (await a.tree.setattr(node, SetAttr(mode=0o640), CALLER)).mode == stat.S_IFREG | 0o640
+        await close(file)
+
+    with_two(test)
+
+
+def test_another_leader_changes_nothing() -> None:
+    async def test(hosts: Hosts, a: Host, b: Host) -> None:
+        a.store.paused = b.store.paused = True
+        node, file = await create(a, os.O_CREAT | os.O_WRONLY)
+        await file.write(0, b"data")
+        for change in LIKE_TAR:
+            await a.tree.setattr(node, change, CALLER)
+        a.store.depose()
+        a.store.go_on()
+        b.store.go_on()
+        await close(file)
+        assert is_like_tar(await seen_by(b), 4)
+
+    with_two(test)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_in_any_order_with_others(seed: int) -> None:
+    """Both hosts change one file; what each has told last is what is there, or the other's."""
+
+    async def test(hosts: Hosts, a: Host, b: Host) -> None:
+        node = (await a.mounted.create(b"f")).node
+        await hosts.everywhere()
+        modes: dict[int, int] = {}
+
+        async def change(host: Host, base: int) -> None:
+            file = await host.tree.open(node, os.O_WRONLY, CALLER)
+            for n in range(20):
+                await file.write(n, b"x")
+                modes[base] = base + n
+                await host.tree.setattr(node, SetAttr(mode=base + n), CALLER)
+                if hosts.random.random() < 0.3:
+                    await trio.sleep(hosts.random.random() * 0.01)
+            await file.flush()
+            await file.release()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(change, a, 0o100)
+            nursery.start_soon(change, b, 0o200)
+        await a.store.barrier()
+        attr = await a.tree.getattr(node)
+        assert stat.S_IMODE(attr.mode) in modes.values()
+        assert attr.size == 20
+        assert not a.tree.writes.failures
+        assert not b.tree.writes.failures
+
+    with_two(test, seed)
