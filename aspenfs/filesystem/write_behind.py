@@ -166,7 +166,7 @@ class WriteBehind:
         return file
 
     def expected(self, node: int, inode: Inode) -> Inode | None:
-        """What `inode`, as it is here, will be when all that was taken is committed; None: nobody can tell."""
+        """What `inode`, as it is here, will be when all that was taken is committed; None: who knows?"""
         file = self.files.get(node)
         if file is None:
             return inode

@@ -2,12 +2,15 @@
 
 import os
 import stat
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 import trio
 
 from aspenfs import errors
+from aspenfs.filesystem import layout
+from aspenfs.filesystem.content import EXTENTS_A_STEP
+from aspenfs.kv.types import Event
 from aspenfs.vfs.coherence import UNCACHED
 from aspenfs.vfs.filesystem import FileSystem
 from aspenfs.vfs.tree import Attr, SetAttr
@@ -218,6 +221,95 @@ def test_who_looks_here_is_told_at_once_and_the_kernel_keeps_nothing_of_the_answ
         validity, _ = await mounted.setattr(ino, SetAttr(mtime_ns=PAST), CALLER)
         assert validity is a.tree
         await close(file)
+
+    with_two(test)
+
+
+@pytest.mark.parametrize("last", ["write", "two writes", "change"])
+def test_what_is_told_is_what_will_be(last: str) -> None:
+    async def test(hosts: Hosts, a: Host, b: Host) -> None:
+        a.store.paused = b.store.paused = True
+        node, file = await create(a)
+        made = (await a.tree.getattr(node)).ctime_ns
+        await a.tree.setattr(node, SetAttr(mtime_ns=PAST), CALLER)
+        if last == "change":
+            await a.tree.setattr(node, SetAttr(mode=0o640), CALLER)
+        else:
+            await trio.sleep(0.1)  # the change is on its way
+            for n in range(2 if last == "two writes" else 1):
+                await file.write(2 * n, b"xx")
+                await trio.sleep(0.001)
+        told = await a.tree.getattr(node)
+        a.store.go_on()
+        b.store.go_on()
+        await close(file)
+        seen = await seen_by(b)
+        assert seen._replace(blocks=0) == told._replace(blocks=0)
+        assert (seen.mtime_ns == PAST) is (last == "change")
+        assert seen.ctime_ns > made
+
+    with_two(test)
+
+
+def test_where_an_append_ends_nobody_can_tell_before() -> None:
+    async def test(hosts: Hosts, a: Host, b: Host) -> None:
+        node = (await a.mounted.create(b"f")).node
+        await hosts.everywhere()
+        a.store.paused = True
+        theirs = await b.tree.open(node, os.O_WRONLY | os.O_APPEND, CALLER)
+        await theirs.write(0, b"theirs")
+        await theirs.flush()
+        mine = await a.tree.open(node, os.O_WRONLY | os.O_APPEND, CALLER)
+        await mine.write(0, b"mine")
+        with trio.move_on_after(1) as waited:
+            await a.tree.getattr(node)
+        assert waited.cancelled_caught
+        a.store.go_on()
+        assert (await a.tree.getattr(node)).size == 10
+        for file in (theirs, mine):
+            await file.flush()
+            await file.release()
+
+    with_two(test)
+
+
+@pytest.mark.parametrize("how", ["many", "one over many", "one over another"])
+def test_they_wait_for_all_that_was_written_before(how: str) -> None:
+    """Also if that takes more than one transaction."""
+
+    async def test(hosts: Hosts, a: Host, b: Host) -> None:
+        node, file = await create(a)
+        if how == "one over many":
+            for n in range(2 * EXTENTS_A_STEP):
+                await file.write(2 * n, b"x")
+            await file.flush()
+        rows: list[layout.Inode] = []
+
+        def observe(revision: int, events: Sequence[Event], origin: object) -> None:
+            rows.extend(
+                layout.unpack_inode(event.record.value)
+                for event in events
+                if event.key == layout.inode_key(node) and event.record is not None
+            )
+
+        b.store.observe(observe)
+        a.store.paused = True
+        if how == "many":
+            for n in range(300):
+                await file.write(2 * n, b"x")
+        elif how == "one over another":
+            for data in (b"x", b"xx", b"xxx"):
+                await file.write(596, data)
+        else:
+            await file.write(1, b"y" * 4 * EXTENTS_A_STEP)
+        await a.tree.setattr(node, SetAttr(mode=0o640), CALLER)
+        a.store.go_on()
+        await close(file)
+        await b.store.barrier()
+        assert len(rows) > 1
+        assert [stat.S_IMODE(row.mode) for row in rows[:-1]] == [0o600] * (len(rows) - 1)
+        assert stat.S_IMODE(rows[-1].mode) == 0o640
+        assert rows[-1].size == (4 * EXTENTS_A_STEP + 1 if how == "one over many" else 599)
 
     with_two(test)
 
