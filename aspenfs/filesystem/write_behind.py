@@ -172,7 +172,8 @@ class WriteBehind:
             return inode
         if file.appended:
             return None
-        return changed(inode, file.change)._replace(size=max(inode.size, file.end))
+        allocated = inode.allocated + file.bytes  # at the most
+        return changed(inode, file.change)._replace(size=max(inode.size, file.end), allocated=allocated)
 
     def change(self, node: int, change: Change) -> None:
         """Takes a change of attributes in, behind what was written. Only where writes return early: its
