@@ -20,7 +20,7 @@ from typing import Final
 
 from aspenfs import errors
 from aspenfs.filesystem.attributes import Change, changed
-from aspenfs.filesystem.layout import Inode
+from aspenfs.filesystem.layout import Inode, inode_key, unpack_inode
 from aspenfs.filesystem.volume import Tasks, Volume
 from aspenfs.filesystem.writing import BLOBS_MAX, Piece, Writer
 from aspenfs.kv.watch import Signal
@@ -89,6 +89,15 @@ class _File:
         self.end = 0
         self.change: dict[str, int] = {}
         self.appended = False
+
+    def last_between(self, start: int, end: int) -> int:
+        """How many writes must be done for the last one that touches these bytes; 0 if none does."""
+        upto, count = 0, self.done
+        for waiting in self.waiting:
+            count += waiting.writes
+            if waiting.believed < end and start < waiting.believed + waiting.length:
+                upto = count
+        return upto
 
     def next(self) -> list[_Waiting]:
         """What may go together: up to the first change of attributes."""
@@ -207,6 +216,15 @@ class WriteBehind:
         file = self.files.get(node)
         if file is not None:
             await self._over(file, file.taken)
+
+    async def settled_between(self, node: int, start: int, end: int) -> None:
+        """The same for who reads these bytes: of writes that touch them, or that move an end within them."""
+        file = self.files.get(node)
+        if file is not None:
+            record = self.volume.store.get(inode_key(node))
+            size = 0 if record is None else unpack_inode(record.value).size
+            moves = file.appended or end > size < file.end
+            await self._over(file, file.taken if moves else file.last_between(start, end))
 
     async def all_settled(self) -> None:
         while self.files:

@@ -27,7 +27,9 @@ class OpenInode(OpenFile):
 
     async def read(self, offset: int, size: int) -> bytes:
         tree = self.tree
-        await self._settled()
+        await tree.settled(self.node)
+        if tree.writes.files:
+            await tree.writes.settled_between(self.node, offset, offset + size)
         try:
             inode = tree.volume.inode(self.node)
             try:

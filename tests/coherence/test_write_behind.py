@@ -358,3 +358,69 @@ def test_the_parts_of_an_append_that_the_kernel_has_cut_stay_together() -> None:
         assert (await seen_by(b))[4000:] in (b"a" * 126 + b"b" * 10, b"b" * 10 + b"a" * 126)
 
     with_two(test)
+
+
+@pytest.mark.parametrize(
+    ("start", "size", "waits"),
+    [(0, 10, False), (10, 10, True), (5, 6, True), (19, 5, True), (20, 10, False), (35, 5, False),
+     (36, 10, True), (60, 10, True)],
+)  # fmt: skip
+def test_who_reads_waits_for_what_it_reads(start: int, size: int, waits: bool) -> None:
+    """Of 40 bytes, 10 to 20 are rewritten, and 50 to 55 written anew."""
+
+    async def test(hosts: Hosts, a: Host, b: Host) -> None:
+        node = (await a.mounted.create(b"f", b"-" * 40)).node
+        file = await a.tree.open(node, os.O_RDWR, CALLER)
+        a.store.paused = True
+        await file.write(10, b"x" * 10)
+        await file.write(50, b"y" * 5)
+        with trio.move_on_after(1) as waited:
+            early = await file.read(start, size)
+        assert waited.cancelled_caught is waits
+        a.store.go_on()
+        expected = (b"-" * 10 + b"x" * 10 + b"-" * 20 + bytes(10) + b"y" * 5)[start : start + size]
+        assert await file.read(start, size) == expected
+        assert waits or early == expected
+        await file.flush()
+        await file.release()
+
+    with_two(test)
+
+
+def test_who_reads_does_not_wait_for_what_comes_behind() -> None:
+    async def test(hosts: Hosts, a: Host, b: Host) -> None:
+        node = (await a.mounted.create(b"f", b"-" * 40)).node
+        file = await a.tree.open(node, os.O_RDWR, CALLER)
+        await file.write(0, b"x")
+        await trio.sleep(0)
+
+        async def read() -> None:
+            assert await file.read(0, 2) == b"x-"
+            assert node in a.tree.writes.files  # what was written behind is under way
+
+        async def write() -> None:
+            for n in range(20):
+                await file.write(20, b"%d" % n)
+                await trio.sleep(0.001)
+
+        assert await together(read, write) == [None, None]
+        await file.flush()
+        await file.release()
+
+    with_two(test)
+
+
+def test_who_reads_where_somebody_appends_waits() -> None:
+    async def test(hosts: Hosts, a: Host, b: Host) -> None:
+        node = (await a.mounted.create(b"f", b"-" * 40)).node
+        file = await a.tree.open(node, os.O_RDWR | os.O_APPEND, CALLER)
+        a.store.paused = True
+        await file.write(40, b"x", mapped=False)
+        with trio.move_on_after(1) as waited:
+            await file.read(0, 10)
+        assert waited.cancelled_caught
+        a.store.go_on()
+        await file.flush()
+        await file.release()
+
+    with_two(test)
