@@ -392,7 +392,7 @@ def test_who_reads_does_not_wait_for_what_comes_behind() -> None:
         node = (await a.mounted.create(b"f", b"-" * 40)).node
         file = await a.tree.open(node, os.O_RDWR, CALLER)
         await file.write(0, b"x")
-        await trio.sleep(0)
+        await trio.lowlevel.checkpoint()
 
         async def read() -> None:
             assert await file.read(0, 2) == b"x-"
