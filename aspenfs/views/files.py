@@ -117,7 +117,7 @@ class FilesTree(Tree):
         if self.is_under_way(node):
             expected = self._expected(node)
             if expected is not None:
-                return to_attr(node, expected)
+                return self._shown(node, expected)
             await self.settled(node)
             await self.writes.settled(node)
         attr = self._attr(node)
@@ -147,7 +147,11 @@ class FilesTree(Tree):
             if ghost is None:
                 raise errors.NotFound(f"inode {node}")
             return ghost
-        attr = to_attr(node, _unpack_inode(record[0]))
+        return self._shown(node, _unpack_inode(record[0]))
+
+    def _shown(self, node: int, inode: layout.Inode) -> Attr:
+        """With what was read here since."""
+        attr = to_attr(node, inode)
         if node in self.atimes:
             return attr._replace(atime_ns=max(attr.atime_ns, self.atimes[node]))
         return attr

@@ -251,6 +251,24 @@ def test_what_is_told_is_what_will_be(last: str) -> None:
     with_two(test)
 
 
+def test_when_it_was_read_is_not_forgotten_meanwhile() -> None:
+    async def test(hosts: Hosts, a: Host, b: Host) -> None:
+        node = (await a.mounted.create(b"f", b"data")).node
+        file = await a.tree.open(node, os.O_RDWR, CALLER)
+        await trio.sleep(1)
+        await file.read(0, 4)
+        before = await a.tree.getattr(node)
+        assert before.atime_ns > before.mtime_ns
+        a.store.paused = True
+        await file.write(0, b"DATA")
+        assert (await a.tree.getattr(node)).atime_ns == before.atime_ns
+        a.store.go_on()
+        await file.flush()
+        await file.release()
+
+    with_two(test)
+
+
 def test_where_an_append_ends_nobody_can_tell_before() -> None:
     async def test(hosts: Hosts, a: Host, b: Host) -> None:
         node = (await a.mounted.create(b"f")).node

@@ -424,3 +424,20 @@ def test_who_reads_where_somebody_appends_waits() -> None:
         await file.release()
 
     with_two(test)
+
+
+def test_who_reads_waits_for_what_is_left_of_the_writes() -> None:
+    async def test(hosts: Hosts, a: Host, b: Host) -> None:
+        node = (await a.mounted.create(b"f", b"-" * 40)).node
+        file = await a.tree.open(node, os.O_RDWR, CALLER)
+        await file.write(0, b"x")
+        await trio.lowlevel.checkpoint()  # it is on its way, alone
+        await file.write(20, b"y")
+        with trio.fail_after(5):
+            while not a.tree.writes.files[node].done:  # noqa: ASYNC110 – virtual time costs nothing
+                await trio.sleep(0.0001)
+        assert await file.read(20, 1) == b"y"
+        await file.flush()
+        await file.release()
+
+    with_two(test)
