@@ -1,5 +1,7 @@
 """What can not be read here is read from another node, and kept."""
 
+import os
+
 import pytest
 import trio
 
@@ -10,6 +12,7 @@ from aspenfs.limits import BLOB_FETCH_AHEAD_BYTES, KIB, MIB
 from aspenfs.runtime.blob_replication import wire
 from aspenfs.runtime.blob_replication.fetch import HEDGE_S, REQUEST_TIMEOUT_S
 from tests.runtime.blob_cluster import Cluster, Node, chunk, cluster, damage, run, until
+from tests.views.subject import ROOT
 
 
 async def written_without_node_3(nodes: Cluster, *pieces: bytes) -> None:
@@ -43,7 +46,7 @@ def test_what_is_here_is_read_without_asking_or_suspending() -> None:
         async with cluster(3) as nodes:
             await nodes[1].create(b"f", chunk(1))
             node = (await nodes[1].tree.lookup(1, b"f")).node
-            handle = await nodes[1].tree.open(node, 0, None)  # type: ignore[arg-type]
+            handle = await nodes[1].tree.open(node, os.O_RDONLY, ROOT)
             requests = len(nodes.network.requests)
             with pytest.raises(StopIteration):
                 handle.read(0, 100).__await__().send(None)
