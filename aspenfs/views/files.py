@@ -248,13 +248,12 @@ class FilesTree(Tree):
             self.ghosts[node] = ghost = _changed(ghost, wanted, self.volume.now())
             return ghost
         size, change = wanted.size, _changes(wanted)
-        if wanted.atime_ns is not None:
-            self.atimes.pop(node, None)
         if size is None and self._tells_at_close(node, caller):
             inode = self._expected(node)
             # With extended attributes there may be an access control list to change, too.
             if inode is not None and not ("mode" in change and inode.flags & layout.HAS_XATTRS):
                 self.writes.change(node, change)
+                self._read_as_of(node, wanted)
                 return await self.getattr(node)
         await self.settled(node)
         if self.writes.files:
@@ -268,7 +267,12 @@ class FilesTree(Tree):
             inode = await self.content.truncate(node, size)
         if change:
             inode = await self.attributes.change(node, change)
+        self._read_as_of(node, wanted)
         return self._attr(node) if inode is None else self._now(node, inode)
+
+    def _read_as_of(self, node: int, wanted: SetAttr) -> None:
+        if wanted.atime_ns is not None:
+            self.atimes.pop(node, None)
 
     def is_under_way(self, node: int) -> bool:
         return node in self.writes.files or node in self.births.children
