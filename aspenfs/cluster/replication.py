@@ -196,6 +196,7 @@ class Replication(Core):
 
     def _append_refused(self, message: Message, progress: Progress) -> None:
         hint = message.reject_hint
+        progress.held = progress.match  # it may have lost what was not on its disk
         if message.log_term:
             # Its entries after the hint are of terms above log_term; ours of terms above that can not
             # match its entry there. Both sides skipping whole terms, few probes are needed.
@@ -254,8 +255,8 @@ class Replication(Core):
     @property
     def held(self) -> int:
         """On a leader: entries up to this one are in the logs of a quorum, though perhaps not on their disks;
-        0 if those of this term are not. As long as less than a quorum loses what was not on disk, whoever
-        leads next has them: the argument of Raft §5.4.3, with logs for disks."""
+        0 if those of this term are not. As long as each of these keeps its log, whoever leads next has
+        them: the argument of Raft §5.4.3, with logs for disks."""
         if self.role is not LEADER:
             return 0
         own = self._progress.get(self.node_id)

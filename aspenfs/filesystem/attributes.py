@@ -24,9 +24,11 @@ from aspenfs.filesystem.layout import (
     xattr_key,
 )
 from aspenfs.filesystem.volume import ATTEMPTS, Volume, conflict
+from aspenfs.kv.store import Store
 from aspenfs.kv.types import (
     EQUAL,
     Edit,
+    Operation,
     compare_mod_revision,
     delete,
     exists,
@@ -59,6 +61,8 @@ def changed(inode: Inode, change: Change) -> Inode:
     for name in ("atime", "mtime"):
         if name in fields:
             fields[name] = max(TIME_MIN, min(fields[name], TIME_MAX))
+    if "ctime" in fields:
+        fields["ctime"] = max(fields["ctime"], inode.ctime)
     if "mode" in fields:
         fields["mode"] = inode.mode & ~PERMISSIONS | fields["mode"] & PERMISSIONS
     return inode._replace(**fields)
@@ -69,6 +73,16 @@ def edits_of(inode: Inode, change: Change) -> list[Edit]:
     after = changed(inode, change)
     places = [(name, *_PLACES[name]) for name in _PLACES if name in change]
     return [patch(place, pack(getattr(after, name))) for name, place, pack in places]
+
+
+def access_of(store: Store, node: int, inode: Inode, change: Change) -> list[Operation]:
+    """What a change does beside the row: an access control list follows the mode."""
+    if "mode" in change and inode.flags & HAS_XATTRS:
+        held = store.get(xattr_key(node, acl.ACCESS))
+        if held is not None:
+            value = acl.pack(acl.with_mode(acl.parse(held.value), change["mode"]))
+            return [put(xattr_key(node, acl.ACCESS), value)]
+    return []
 
 
 class AttributeOperations:
@@ -85,18 +99,13 @@ class AttributeOperations:
             if record is None:
                 raise errors.Stale(f"inode {node} is gone")
             inode = unpack_inode(record.value)
-            change = {"ctime": self.volume.now(), **change}
-            operations = [merge(key, *edits_of(inode, change))]
-            if "mode" in change and inode.flags & HAS_XATTRS:
-                held = self.store.get(xattr_key(node, acl.ACCESS))
-                if held is not None:
-                    value = acl.pack(acl.with_mode(acl.parse(held.value), change["mode"]))
-                    operations.append(put(xattr_key(node, acl.ACCESS), value))
+            timed = {"ctime": self.volume.now(), **change}
+            operations = [merge(key, *edits_of(inode, timed)), *access_of(self.store, node, inode, timed)]
             result = await self.store.txn(
                 (compare_mod_revision(key, EQUAL, record.mod_revision),), operations, origin=self.volume
             )
             if result.succeeded:
-                return changed(inode, change)
+                return changed(inode, timed)
         raise conflict("setattr")
 
     async def record_reads(self, atimes: dict[int, int]) -> bool:

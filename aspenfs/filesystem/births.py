@@ -14,7 +14,7 @@ from functools import partial
 from typing import Final
 
 from aspenfs import errors
-from aspenfs.filesystem.layout import HAS_XATTRS, Inode
+from aspenfs.filesystem.layout import HAS_XATTRS, Inode, inode_key
 from aspenfs.filesystem.namespace import Birth, Namespace
 from aspenfs.filesystem.volume import Tasks, Volume
 from aspenfs.kv.watch import Signal
@@ -86,14 +86,19 @@ class Births:
 
     def inside(self, directory: int) -> tuple[int, int]:
         """How many files are being made in a directory, and the time of the last one."""
-        times = [child.birth.inode.mtime for child in self.children.values() if child.parent == directory]
+        get = self.volume.store.get
+        times = [
+            child.birth.inode.mtime
+            for child in self.children.values()
+            if child.parent == directory and get(inode_key(child.node)) is None
+        ]
         return len(times), max(times, default=0)
 
     # --- waiting ---
 
     async def own(self, node: int) -> None:
-        """Returns when a file that was begun is its maker's, whatever befalls any one host (`Begun.held`).
-        Its error, if another was faster."""
+        """Returns when a file that was begun is its maker's (`Begun.held`). Its error, if another was faster.
+        """
         child = self.children.get(node)
         if child is not None and not await child.birth.begun.held():
             await self.settled(node)

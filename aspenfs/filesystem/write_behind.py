@@ -32,6 +32,8 @@ from aspenfs.limits import (
 )
 
 PAGE_BYTES: Final = 4096  # the kernel's
+_FORESEEN_MAX: Final = 256  # writes under way of one file, whose effect is looked through
+_CHANGES_MAX: Final = 64  # the same, when a change of attributes is taken in behind them
 _CUT_PAUSES_MAX: Final = 10  # that the rest of a write that the kernel has cut may take to come
 
 
@@ -78,17 +80,13 @@ class _Waiting:
 class _File:
     """What is under way for one inode. Numbers count the writes that were `taken` in and `done`."""
 
-    __slots__ = ("appended", "bytes", "change", "done", "end", "taken", "waiters", "waiting")
+    __slots__ = ("bytes", "done", "early", "taken", "waiters", "waiting")
 
     def __init__(self) -> None:
         self.waiting: deque[_Waiting] = deque()
         self.bytes = self.taken = self.done = 0
         self.waiters: list[_Waiter] = []
-        # What the file will be when all that was taken is committed: its end at the least, what else of its
-        # attributes, and whether nobody can tell, because what is appended goes to wherever its end will be.
-        self.end = 0
-        self.change: dict[str, int] = {}
-        self.appended = False
+        self.early = False  # something was taken that nobody waits for
 
     def last_between(self, start: int, end: int) -> int:
         """How many writes must be done for the last one that touches these bytes; 0 if none does."""
@@ -162,9 +160,7 @@ class WriteBehind:
         file.bytes += len(data)
         self.bytes += len(data)
         file.taken += 1
-        file.end = max(file.end, believed + len(data))
-        file.appended = file.appended or offset is None
-        file.change["mtime"] = file.change["ctime"] = now
+        file.early = file.early or self.returns_early
         return file
 
     def _file(self, tasks: Tasks, node: int) -> _File:
@@ -179,10 +175,23 @@ class WriteBehind:
         file = self.files.get(node)
         if file is None:
             return inode
-        if file.appended:
+        if len(file.waiting) > _FORESEEN_MAX:
             return None
-        allocated = inode.allocated + file.bytes  # at the most
-        return changed(inode, file.change)._replace(size=max(inode.size, file.end), allocated=allocated)
+        for waiting in file.waiting:
+            if waiting.offset is None:
+                return None  # it goes to wherever the end will be
+            if waiting.length:
+                size = max(inode.size, waiting.believed + waiting.length)
+                time = max(waiting.time, inode.ctime)
+                inode = inode._replace(size=size, mtime=time, ctime=time)
+            if waiting.change is not None:
+                inode = changed(inode, waiting.change)
+        return inode._replace(allocated=inode.allocated + file.bytes)  # at the most
+
+    def has_room(self, node: int) -> bool:
+        """Whether a change may be taken in: each ends a transaction, and they are not counted as bytes."""
+        file = self.files.get(node)
+        return file is None or len(file.waiting) < _CHANGES_MAX
 
     def change(self, node: int, change: Change) -> None:
         """Takes a change of attributes in, behind what was written. Only where writes return early: its
@@ -195,11 +204,10 @@ class WriteBehind:
             nothing.parts, nothing.writes = [], 0
             file.waiting.append(nothing)
         last = file.waiting[-1]
-        change = {"ctime": self.volume.now(), **change}
-        last.change = {**(last.change or {}), **change}
+        last.change = {**(last.change or {}), "ctime": self.volume.now(), **change}
         last.writes += 1
         file.taken += 1
-        file.change |= change
+        file.early = True
 
     def _seal(self, waiting: _Waiting) -> Piece:
         if waiting.piece is None:
@@ -223,7 +231,10 @@ class WriteBehind:
         if file is not None:
             record = self.volume.store.get(inode_key(node))
             size = 0 if record is None else unpack_inode(record.value).size
-            moves = file.appended or end > size < file.end
+            moves = any(
+                waiting.offset is None or end > size < waiting.believed + waiting.length
+                for waiting in file.waiting
+            )
             await self._over(file, file.taken if moves else file.last_between(start, end))
 
     async def all_settled(self) -> None:
@@ -302,7 +313,7 @@ class WriteBehind:
     def _fail(self, node: int, file: _File, error: errors.AspenError) -> None:
         while file.waiting:
             self._done_with(file, file.waiting.popleft())
-        if self.returns_early:
+        if file.early:
             self.failed(node, error)
         self.displaced(node)
 

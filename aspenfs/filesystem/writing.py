@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from aspenfs import errors
-from aspenfs.filesystem.attributes import Change, edits_of
+from aspenfs.filesystem.attributes import Change, access_of, edits_of
 from aspenfs.filesystem.births import Births
 from aspenfs.filesystem.content import EXTENTS_A_STEP, OPS_ROOM, Content
 from aspenfs.filesystem.layout import (
@@ -200,7 +200,8 @@ class Writer:
             starts, operations, references, allocated, size, sealed = plan
             edits: list[Edit] = []
             if pieces:
-                written = pieces[len(starts) - 1].time
+                # Not before what was committed since: who looks for what is newer must find it.
+                written = max(pieces[len(starts) - 1].time, inode.ctime)
                 edits.append(patch(MTIME, TIMES2(written, written)))
             if size > inode.size:
                 edits.append(patch(SIZE, I64(size)))
@@ -210,6 +211,7 @@ class Writer:
                 operations += references.operations()
             if change and len(starts) == len(pieces):
                 edits += edits_of(inode, change)
+                operations += access_of(self.store, node, inode, change)
             operations.append(merge(key, *edits))
             try:
                 result = await self.volume.txn((same,), operations)

@@ -270,11 +270,11 @@ class Operations(pyfuse3.Operations):
 
     @answers
     async def flush(self, fh: int) -> None:
+        await self.fs.file(fh).flush()
         if not self.fs.coherence.asks_at_close():
             # Every write was accepted when it returned, so there is nothing to do at close. The kernel
             # remembers this answer and spares each close a round trip.
             raise errors.NotImplementedHere("flush")
-        await self.fs.file(fh).flush()
 
     @answers
     async def fsync(self, fh: int, datasync: bool) -> None:

@@ -11,6 +11,7 @@ looked up when the reply is made, with no await behind it.
 import os
 import stat
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 from aspenfs import errors
@@ -18,7 +19,7 @@ from aspenfs.filesystem import layout
 from aspenfs.filesystem.attributes import AttributeOperations
 from aspenfs.filesystem.births import Births
 from aspenfs.filesystem.content import Content
-from aspenfs.filesystem.namespace import Namespace, Removed
+from aspenfs.filesystem.namespace import RENAME_EXCHANGE, Namespace, Removed
 from aspenfs.filesystem.orphans import Orphans
 from aspenfs.filesystem.volume import ATTEMPTS, Volume, conflict
 from aspenfs.filesystem.write_behind import WriteBehind
@@ -81,7 +82,7 @@ class FilesTree(Tree):
         self.writer.births = self.births
         self.begins_files = True  # a new file, and its attributes, may be committed when it is closed
         self.open_counts: dict[int, int] = {}
-        # (inode, thread) -> how often that has it open for writing
+        # (inode, thread) -> how often that has it open for writing, and has not closed it
         self.writers: dict[tuple[int, int], int] = {}
         self.ghosts: dict[int, Attr] = {}  # no row any more, but the kernel may still ask
         self.atimes: dict[int, int] = {}
@@ -102,6 +103,12 @@ class FilesTree(Tree):
         if self.births.children:
             await self.births.named(parent, name)
 
+    async def _written(self, parent: int, name: bytes) -> None:
+        """Before a file gets another name: what was written and set before is there under it."""
+        if self.writes.files:
+            with suppress(errors.NotFound):
+                await self.writes.settled(self.names.find(parent, name)[0])
+
     async def lookup(self, parent: int, name: bytes) -> Attr:
         await self._named(parent, name)
         node, _ = self.names.find(parent, name)
@@ -114,7 +121,7 @@ class FilesTree(Tree):
 
     async def getattr(self, node: int) -> Attr:
         children = self.births.children
-        if self.is_under_way(node):
+        if node in self.writes.files or node in children:
             expected = self._expected(node)
             if expected is not None:
                 return self._shown(node, expected)
@@ -124,8 +131,8 @@ class FilesTree(Tree):
         if children and stat.S_ISDIR(attr.mode):
             # It is asked for on the way to each file that is made in it, and does not wait for those.
             count, made = self.births.inside(node)
-            times = {"mtime_ns": max(attr.mtime_ns, made), "ctime_ns": max(attr.ctime_ns, made)}
-            attr = attr._replace(size=attr.size + count, **times)
+            if count:
+                attr = attr._replace(size=attr.size + count, mtime_ns=made, ctime_ns=made)
         return attr
 
     def names_it(self, parent: int, name: bytes, node: int) -> bool:
@@ -187,10 +194,11 @@ class FilesTree(Tree):
 
     def _handle(self, node: int, flags: int, caller: Caller) -> OpenInode:
         self.open_counts[node] = self.open_counts.get(node, 0) + 1
-        if flags & os.O_ACCMODE:
-            writer = node, caller.pid
+        handle = OpenInode(self, node, flags)
+        if flags & os.O_ACCMODE and caller.pid:  # 0: somebody whom this process can not see
+            handle.writer = writer = node, caller.pid
             self.writers[writer] = self.writers.get(writer, 0) + 1
-        return OpenInode(self, node, flags, caller.pid)
+        return handle
 
     def list_names(self, node: int, behind: Any, limit: int) -> tuple[Sequence[bytes], Any]:
         if behind is None:
@@ -275,13 +283,17 @@ class FilesTree(Tree):
             self.atimes.pop(node, None)
 
     def is_under_way(self, node: int) -> bool:
-        return node in self.writes.files or node in self.births.children
+        if node in self.writes.files:
+            return True
+        children = self.births.children
+        return bool(children) and (node in children or self.births.inside(node)[0] > 0)
 
     def _tells_at_close(self, node: int, caller: Caller) -> bool:
         """Whether a change by `caller` may fail behind its back: it has written to the file, the outcome of
         which is open, and is told of both when it closes it."""
         early = self.begins_files and self.writes.returns_early and not self.store.alone
-        return early and (node, caller.pid) in self.writers and self.is_under_way(node)
+        under_way = node in self.writes.files or node in self.births.children
+        return early and under_way and (node, caller.pid) in self.writers and self.writes.has_room(node)
 
     def _expected(self, node: int) -> layout.Inode | None:
         """The inode as it will be when all that this host has under way is committed; None where that can not
@@ -349,6 +361,7 @@ class FilesTree(Tree):
 
     async def link(self, node: int, parent: int, name: bytes) -> Attr:
         await self.settled(node)
+        await self.writes.settled(node)
         return self._now(node, await self.names.link(node, parent, name))
 
     def _now(self, node: int, inode: layout.Inode) -> Attr:
@@ -371,6 +384,9 @@ class FilesTree(Tree):
     async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> None:
         await self._named(parent, name)
         await self._named(new_parent, new_name)
+        await self._written(parent, name)
+        if flags & RENAME_EXCHANGE:
+            await self._written(new_parent, new_name)
         removed = await self.names.rename(parent, name, new_parent, new_name, flags)
         if removed is not None:
             self._removed(removed)
@@ -412,10 +428,12 @@ class FilesTree(Tree):
 
     async def setxattr(self, node: int, name: bytes, value: bytes) -> None:
         await self.settled(node)
+        await self.writes.settled(node)  # a mode that was set before
         await self.attributes.set(node, name, value)
 
     async def removexattr(self, node: int, name: bytes) -> None:
         await self.settled(node)
+        await self.writes.settled(node)
         await self.attributes.remove(node, name)
 
     # --- life ---
@@ -425,13 +443,17 @@ class FilesTree(Tree):
         await self.flush_atimes()
         await self.store.committed()
 
-    def released(self, handle: OpenInode) -> None:
-        node = handle.node
-        if handle.flags & os.O_ACCMODE:
-            writer = node, handle.opener
+    def closed(self, handle: OpenInode) -> None:
+        """It may be for the last time that its opener hears of errors."""
+        writer, handle.writer = handle.writer, None
+        if writer is not None:
             self.writers[writer] -= 1
             if not self.writers[writer]:
                 del self.writers[writer]
+
+    def released(self, handle: OpenInode) -> None:
+        self.closed(handle)
+        node = handle.node
         left = self.open_counts[node] - 1
         if left:
             self.open_counts[node] = left

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class OpenInode(OpenFile):
-    __slots__ = ("appends", "direct_io", "failures", "flags", "node", "opener", "tree")
+    __slots__ = ("appends", "direct_io", "failures", "flags", "node", "tree", "writer")
 
-    def __init__(self, tree: "FilesTree", node: int, flags: int, opener: int) -> None:
-        """`opener`: the thread that opens it."""
-        self.tree, self.node, self.flags, self.opener = tree, node, flags, opener
+    def __init__(self, tree: "FilesTree", node: int, flags: int) -> None:
+        self.tree, self.node, self.flags = tree, node, flags
+        self.writer: tuple[int, int] | None = None  # in `FilesTree.writers`
         self.appends = bool(flags & os.O_APPEND)
         self.direct_io = must_append_whole(flags, tree.store.alone)
         self.failures = tree.writes.failures[node][0] if node in tree.writes.failures else 0  # told already
@@ -74,11 +74,13 @@ class OpenInode(OpenFile):
         await tree.settled(self.node)
 
     async def flush(self) -> None:
+        self.tree.closed(self)
         await self._settled()
         self._tell_failure()
 
     async def sync(self, data_only: bool) -> None:
-        await self.flush()
+        await self._settled()
+        self._tell_failure()
         await self.tree.store.committed()
 
     async def release(self) -> None:
