@@ -90,6 +90,8 @@ class Operations(pyfuse3.Operations):
         filesystem.listings.page_bytes = mmap.PAGESIZE
         self.fs, self.show = filesystem, presentation
         self.plain = presentation._replace(sync=False) == Presentation()
+        for tree in filesystem.trees:
+            tree.owners_shown = (presentation.uid, presentation.gid, presentation.umask) == (None, None, 0)
         self._negative: dict[float, pyfuse3.EntryAttributes] = {}
 
     # --- attributes ---

@@ -27,8 +27,9 @@ class Begun(Protocol):
         """Somebody waits: it need not wait any longer for others to share its sync."""
 
     async def held(self) -> bool:
-        """Waits until a majority has it in its log, on disk or not: then only the loss of a majority's page
-        caches at once can undo it. False: its outcome is known by now, or it failed."""
+        """Waits until a majority has it in its log, on disk or not: whoever leads next has it, unless one of
+        these loses what it had not synced while the others of them are out of reach. False: its outcome is
+        known by now, or it failed."""
 
     async def outcome(self) -> TxnResult:
         """Waits until it is committed and applied here. NoQuorum, OutcomeUnknown, Closed."""

@@ -10,6 +10,7 @@ not need the network must not suspend: the fast path of the daemon depends on it
 """
 
 import os
+import stat
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -78,12 +79,17 @@ class Touched(NamedTuple):
     child: int | None = None  # what the name meant, 0: nothing; None if the tree does not know
 
 
-def check_found(name: bytes, caller: Caller) -> None:
-    """A file turned out to exist when it was to be made: another host was faster. Stale, unless the caller
-    may do anything: the kernel takes it for the caller's own, and would not check whether it may be opened.
-    At Stale it looks the name up, and checks."""
-    if caller.uid:
-        raise errors.Stale(f"{name!r} has come meanwhile")
+def check_found(attr: Attr, flags: int, caller: Caller, *, owners_shown: bool) -> None:
+    """A file turned out to exist when it was to be made: another host was faster. The kernel takes it for the
+    caller's own, and does not check whether it may be opened so. Stale, unless that is plain, for root or by
+    the owner's bits: at Stale the kernel looks the name up, and checks."""
+    wanted = _ACCESS[flags & os.O_ACCMODE] | (stat.S_IWUSR if flags & os.O_TRUNC else 0)
+    owns = owners_shown and caller.uid == attr.uid and attr.mode & wanted == wanted
+    if caller.uid and not owns:
+        raise errors.Stale(f"inode {attr.node} has come meanwhile")
+
+
+_ACCESS: Final = (stat.S_IRUSR, stat.S_IWUSR, stat.S_IRUSR | stat.S_IWUSR, stat.S_IRUSR | stat.S_IWUSR)
 
 
 PAGE_BYTES: Final = 4096
@@ -153,6 +159,8 @@ class Tree:
 
     # A write may return before it is committed: each close(2) asks for its outcome (`OpenFile.flush`).
     write_behind = False
+
+    owners_shown = True  # the kernel goes by the owners and modes that this tree tells
 
     # --- what the driver puts in their place ---
     def is_known(self, node: int) -> bool:

@@ -313,16 +313,19 @@ class FilesTree(Tree):
             except errors.AlreadyExists:
                 if flags & os.O_EXCL:
                     raise
-            check_found(name, caller)
             await self.fresh()  # it is opened: what was closed elsewhere by now is in it
             try:
-                node, kind = self.names.find(parent, name)
-                if kind == stat.S_IFREG >> 12:
-                    handle = await self.open(node, flags, caller)
-                    return self._attr(node), handle
-            except (errors.NotFound, errors.Stale):
+                found = self._attr(self.names.find(parent, name)[0])
+            except errors.NotFound:
                 continue  # it went meanwhile
-            raise errors.Stale(f"{name!r} has come meanwhile, and is no regular file")
+            if not stat.S_ISREG(found.mode):
+                raise errors.Stale(f"{name!r} has come meanwhile, and is no regular file")
+            check_found(found, flags, caller, owners_shown=self.owners_shown)
+            try:
+                handle = await self.open(found.node, flags, caller)
+                return self._attr(found.node), handle
+            except (errors.NotFound, errors.Stale):
+                continue
         raise conflict("create")
 
     async def _create(

@@ -143,8 +143,9 @@ class KVTree(Tree):
         space = self.space
         node, _, made = await kv_names.make_file(space, parent, name, mode, flags, caller)
         if not made:
-            check_found(name, caller)
             await self.fresh()  # it is opened: what was closed elsewhere by now is in it
+            found = space.file_attr(node, space.content(node))
+            check_found(found, flags, caller, owners_shown=self.owners_shown)
         # A new file needs no O_TRUNC; it would be a second revision.
         target = await self._open(node, flags & ~os.O_TRUNC if made else flags)
         return space.file_attr(node, space.content(node)), target

@@ -421,7 +421,7 @@ def test_in_any_order_with_others(seed: int) -> None:
 
 
 async def chmod_behind(host: Host, mode: int) -> tuple[int, OpenInode]:
-    """A file of 0644 that is being written, and whose mode was changed behind that, in another transaction."""
+    """A file of 0644 that is being written; its mode was changed behind that, in another transaction."""
     node, file = await create(host)
     await host.tree.setattr(node, SetAttr(mode=0o644), CALLER)
     await file.sync(True)
@@ -507,6 +507,9 @@ def test_times_never_go_back() -> None:
         await theirs.write(20, b"theirs")
         await theirs.flush()
         before = await b.tree.getattr(node)
+        await a.store._until(b.store.revision)
+        assert node in a.tree.writes.files
+        assert (await a.tree.getattr(node)).mtime_ns >= before.mtime_ns
         await close(mine)  # type: ignore[arg-type]
         await b.store.barrier()
         after = await b.tree.getattr(node)
@@ -520,7 +523,7 @@ def test_times_never_go_back() -> None:
 
 def test_errors_are_kept_when_the_node_is_alone_by_then() -> None:
     async def test(hosts: Hosts, a: Host, b: Host) -> None:
-        node, file = await create(a)
+        _, file = await create(a)
         await file.sync(True)
         a.store.cut = True
         await file.write(0, b"data")

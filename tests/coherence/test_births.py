@@ -2,12 +2,15 @@
 
 import os
 import stat
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 import trio
 
 from aspenfs import errors
+from aspenfs.kv.types import Event
+from aspenfs.vfs.coherence import UNCACHED
+from aspenfs.vfs.filesystem import FileSystem
 from aspenfs.vfs.tree import SetAttr
 from aspenfs.views.files_open import OpenInode
 from tests.coherence.hosts import Host, Hosts, run, together
@@ -185,6 +188,28 @@ def test_who_asks_for_its_directory_is_told_of_it_at_once() -> None:
         for _, file in some:
             await close(file)
         assert await a.tree.getattr(1) == now
+
+    with_two(test)
+
+
+def test_its_directory_counts_it_once_and_the_kernel_keeps_no_count() -> None:
+    async def test(hosts: Hosts, a: Host, b: Host) -> None:
+        mounted = FileSystem([a.tree], 0)
+        counts: list[tuple[int, int]] = []
+
+        def observe(revision: int, events: Sequence[Event], origin: object) -> None:
+            counts.append((a.tree._attr(1).size, a.tree.births.inside(1)[0]))
+
+        a.store.observe(observe)
+        _, file = await create(a)
+        validity, attr = await mounted.getattr(mounted.ino_of(a.tree, 1))
+        assert validity is UNCACHED
+        assert attr.size == 1
+        await close(file)
+        assert counts == [(1, 0)]
+        validity, attr = await mounted.getattr(mounted.ino_of(a.tree, 1))
+        assert validity is a.tree
+        assert attr.size == 1
 
     with_two(test)
 

@@ -87,8 +87,23 @@ class Files(Conformance):
     @case
     async def test_create_of_what_is_there_lets_the_kernel_check_who_may_open_it(self, at: Mounted) -> None:
         await at.create(b"f", b"kept", 0o600)
+        owner, other, create = User(17, 18), User(19, 18), os.O_CREAT
+        for user in (owner, other):
+            with pytest.raises(errors.Stale):
+                await at.tree.create(at.tree.root, b"f", 0o600, create | os.O_RDWR, user)
+        await at.create(b"g", b"kept", 0o466, owner)
+        attr, file = await at.tree.create(at.tree.root, b"g", 0o600, create | os.O_RDONLY, owner)
+        assert attr.size == 4
+        await file.release()
+        for flags in (os.O_WRONLY, os.O_RDWR, os.O_TRUNC):
+            with pytest.raises(errors.Stale):
+                await at.tree.create(at.tree.root, b"g", 0o600, create | flags, owner)
         with pytest.raises(errors.Stale):
-            await at.tree.create(at.tree.root, b"f", 0o600, os.O_CREAT | os.O_RDWR, User(17, 18))
+            await at.tree.create(at.tree.root, b"g", 0o600, create | os.O_RDONLY, other)
+        at.tree.owners_shown = False
+        with pytest.raises(errors.Stale):
+            await at.tree.create(at.tree.root, b"g", 0o600, create | os.O_RDONLY, owner)
+        assert await at.read(b"g") == b"kept"
 
     @case
     async def test_create_without_excl_truncates_when_asked(self, at: Mounted) -> None:
