@@ -176,7 +176,7 @@ def test_who_loses_a_race_for_a_name_opens_only_what_it_may(
 ) -> None:
     """The kernel that has sent CREATE believes that the file is the caller's own, and checks nothing."""
     other = next(node for node in cluster if node is not leader)
-    leader.sh(f"mkdir {leader.mountpoint}/{tree}/race && chmod 1777 {leader.mountpoint}/{tree}/race")
+    leader.sh(f"mkdir {leader.mountpoint}/{tree}/whose && chmod 1777 {leader.mountpoint}/{tree}/whose")
     script = """
 user, begin, found = int(sys.argv[2]), float(sys.argv[3]), set()
 os.chdir('../' + sys.argv[1])
@@ -184,7 +184,7 @@ if user:
     os.setgid(user)
     os.setuid(user)
 for n in range(150):
-    name = f'race/{n}'
+    name = f'whose/{n}'
     time.sleep(max(0.0, begin + n / 100 - time.time()))
     try:
         file = os.open(name, os.O_CREAT | os.O_RDWR, 0o600)
