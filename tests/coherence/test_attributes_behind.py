@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import trio
@@ -15,7 +15,8 @@ from aspenfs.vfs.coherence import UNCACHED
 from aspenfs.vfs.filesystem import FileSystem
 from aspenfs.vfs.tree import Attr, SetAttr
 from aspenfs.views.files_open import OpenInode
-from tests.coherence.hosts import Host, Hosts, run
+from tests.coherence.hosts import Host, Hosts
+from tests.coherence.test_births import close, with_two
 from tests.filesystem.volumes import CALLER
 from tests.views.subject import User
 
@@ -30,31 +31,10 @@ PAST = 1_000_000_000 * 10**9
 LIKE_TAR = SetAttr(mtime_ns=PAST), SetAttr(uid=17, gid=18), SetAttr(mode=0o750)
 
 
-def with_two(test: Callable[[Hosts, Host, Host], Awaitable[None]], seed: int = 0) -> None:
-    """`a` leads."""
-
-    async def main(hosts: Hosts) -> None:
-        a, b = await hosts.host(1), await hosts.host(2)
-        a.tree.write_behind = b.tree.write_behind = True
-        a.store.leads = True
-        await a.volume.new_id()
-        await hosts.everywhere()
-        await test(hosts, a, b)
-
-    run(main, seed)
-
-
 async def create(host: Host, flags: int = CREATE) -> tuple[int, OpenInode]:
     attr, file = await host.tree.create(1, b"f", 0o600, flags, CALLER)
     assert isinstance(file, OpenInode)
     return attr.node, file
-
-
-async def close(file: OpenInode) -> None:
-    try:
-        await file.flush()
-    finally:
-        await file.release()
 
 
 async def seen_by(host: Host) -> Attr:
