@@ -157,7 +157,7 @@ def in_trio(test: Callable[P, Awaitable[None]]) -> Callable[P, None]:
         before = descriptors()
         trio.run(main)
         gc.collect()
-        assert descriptors() == before, "descriptors were left open"
+        assert not descriptors() - before, "descriptors were left open"
 
     return run
 
