@@ -221,3 +221,19 @@ def test_who_leads_next_has_what_was_held() -> None:
     assert cluster[far].raft.role is not Role.LEADER
     assert cluster[near].raft.role is Role.LEADER
     assert b"file" in cluster[near].applied
+
+
+def test_who_refuses_an_append_may_have_lost_what_it_held() -> None:
+    cluster = Replicas(3)
+    leader = cluster.elect()
+    begin(leader)
+    leader.replica.pump()
+    raft, last = leader.raft, leader.raft.last_index
+    raft._progress[2].held = raft._progress[3].held = last
+    assert raft.held == last
+    for node in (2, 3):
+        refusal = Message(
+            MessageType.APP_RESP, 1, node, raft.term, index=last, reject=True, reject_hint=last - 1
+        )
+        raft.step(refusal)
+    assert raft.held < last
