@@ -154,10 +154,11 @@ def in_trio(test: Callable[P, Awaitable[None]]) -> Callable[P, None]:
             with trio.fail_after(4 * SECONDS_MAX):
                 await test(*arguments, **named)
 
+        gc.collect()  # what others left behind would go meanwhile
         before = descriptors()
         trio.run(main)
         gc.collect()
-        assert not descriptors() - before, "descriptors were left open"
+        assert descriptors() == before, "descriptors were left open"
 
     return run
 

@@ -5,6 +5,7 @@ the attack is left.
 """
 
 import contextlib
+import gc
 import os
 import socket
 import ssl
@@ -79,6 +80,7 @@ class Target:
         self.background.run(prepare)
         self.node = self.background.nodes[0]
         self.port = self.node.network.ports[0]
+        gc.collect()  # what others left behind would go meanwhile
         self.open = descriptors()
 
     def check_unharmed(self) -> None:
@@ -92,7 +94,7 @@ class Target:
         while self.node.network._server.strangers or {c.peer for c in self.node.network._incoming} != {2}:
             assert time.monotonic() < deadline
             time.sleep(0.002)
-        while descriptors() - self.open:  # what others left behind may go meanwhile
+        while descriptors() != self.open:
             assert time.monotonic() < deadline
             time.sleep(0.002)
 
