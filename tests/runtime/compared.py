@@ -1,6 +1,6 @@
 """Real NodeStores in one loop that compare their states and get well, over requests that can be cut."""
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,20 +98,19 @@ class ComparedCluster(StoreCluster):
             return await self.parts[node].divergence.compare(waits)
 
     async def settled(self) -> None:
-        """All have evaluated and applied the same."""
-        revision = max(store.revision for store in self.stores.values())
-        await until(lambda: all(store.revision == revision for store in self.stores.values()))
-        for store in self.stores.values():
-            await store.committed(revision)
-            await store.applied(revision)
+        """All have evaluated and applied the same; verdicts may go into the log meanwhile."""
+        stores = list(self.stores.values())
+        await evaluated_by_all(stores)
+        for store in stores:
+            await store.committed(store.revision)
+            await store.applied(store.revision)
 
     async def settled_but(self, node: int) -> None:
         """As `settled`, without that one."""
         stores = [store for store in self.stores.values() if store.node_id != node]
-        revision = max(store.revision for store in stores)
-        await until(lambda: all(store.revision == revision for store in stores))
+        await evaluated_by_all(stores)
         for store in stores:
-            await store.applied(revision)
+            await store.applied(store.revision)
 
     def spoil(self, node: int, key: bytes, value: bytes) -> None:
         """What a disk could do: another value in the database of that node, and nobody is told."""
@@ -120,6 +119,10 @@ class ComparedCluster(StoreCluster):
             record = records.unpack(txn.get(key) or b"")
             txn.put(key, records.pack(Record(value, *record[1:])))
         state.refresh()
+
+
+async def evaluated_by_all(stores: Sequence[NodeStore]) -> None:
+    await until(lambda: len({store.revision for store in stores}) == 1)
 
 
 def compared_cluster(
