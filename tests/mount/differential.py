@@ -3,6 +3,9 @@
 Every call is drawn with all its arguments first and then made in both places. Its outcome (what it
 returned, or its errno) must be the same, and so must, now and then, the whole trees. A run is told by
 its seed and number of steps alone, so a failure can be run again.
+
+The directory that is tried may be there on several mounts: each call is made on one of them. That is for
+mounts with consistency=strict, where no kernel knows anything but what it asks for.
 """
 
 import fcntl
@@ -10,7 +13,7 @@ import mmap
 import os
 import random
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -31,17 +34,19 @@ class Difference(AssertionError):
 
 
 class Differential:
-    """A run: random calls in `right` and in `tried`, two empty directories."""
+    """A run: random calls in `right` and in `tried`, two empty directories; `again` are other mounts' paths
+    of the latter."""
 
-    def __init__(self, right: Path, tried: Path, seed: int) -> None:
+    def __init__(self, right: Path, tried: Path, seed: int, again: Sequence[Path] = ()) -> None:
         self.roots = (str(right), str(tried))
+        self.mounts = [str(tried), *map(str, again)]
         self.rng = random.Random(seed)
         self.seed = seed
         self.step = 0
         self.history: list[str] = []
         self.paths: list[str] = []
-        # Open files: the descriptors in both places, in step.
-        self.handles: list[tuple[int, int]] = []
+        # Open files: the descriptors in both places, in step, and the mount where the second one is open.
+        self.handles: list[tuple[int, int, str]] = []
         self.actions: list[tuple[int, Callable[[], None]]] = [
             (10, self.open), (4, self.close), (12, self.write), (8, self.read), (4, self.truncate_handle),
             (3, self.truncate), (4, self.stat_handle), (4, self.map), (8, self.mkdir), (4, self.rmdir),
@@ -50,6 +55,8 @@ class Differential:
             (3, self.list), (4, self.read_whole), (3, self.stat), (2, self.readlink), (1, self.fsync),
             (1, self.allocate), (2, self.copy), (2, self.create_and_rename),
         ]  # fmt: skip
+        if again:
+            self.actions.remove((4, self.map))  # ENODEV on strict mounts
 
     def run(self, steps: int) -> None:
         """Makes `steps` calls in both places; Difference tells where they part."""
@@ -59,6 +66,8 @@ class Differential:
                 if self.step % WALK_EVERY == 0:
                     self._walk()
                 self.step += 1
+                if len(self.mounts) > 1:
+                    self._go(self.rng.choice(self.mounts))
                 self.rng.choices(self.actions, weights)[0][1]()
                 if self.step % LOOK_EVERY == 0:
                     self.compare_trees()
@@ -66,9 +75,20 @@ class Differential:
                 self.close()
             self.compare_trees()
         finally:
-            for pair in self.handles:
+            for *pair, _ in self.handles:
                 for descriptor in pair:
                     os.close(descriptor)
+
+    def _go(self, mount: str) -> None:
+        """The next call is made there. What open files of the last one were given is committed first: until
+        then only that mount shows it."""
+        right, last = self.roots
+        if mount != last:
+            for _, descriptor, at in self.handles:
+                if at == last:
+                    os.fsync(descriptor)
+            self.history.append(f"{self.step}: on mount {self.mounts.index(mount) + 1}")
+            self.roots = (right, mount)
 
     # --- both places ---
 
@@ -93,10 +113,10 @@ class Differential:
         """The same on both descriptors of one open file."""
         if not self.handles:
             return
-        number = self.rng.randrange(len(self.handles))
-        pair = self.handles[number]
-        by_root = dict(zip(self.roots, pair, strict=True))
-        self.both(f"handle {pair[1]} {what}", lambda root: call(by_root[root]))
+        right, tried, mount = self.rng.choice(self.handles)
+        self._go(mount)
+        by_root = {self.roots[0]: right, mount: tried}
+        self.both(f"handle {tried} {what}", lambda root: call(by_root[root]))
 
     def _walk(self) -> None:
         root = self.roots[0]
@@ -106,6 +126,11 @@ class Differential:
             self.paths += [f"{above}/{name}"[len(root) :] for name in sorted(directories + files)]
 
     def compare_trees(self) -> None:
+        for mount in self.mounts:
+            self._go(mount)
+            self._compare_trees()
+
+    def _compare_trees(self) -> None:
         right, tried = (snapshot(Path(root)) for root in self.roots)
         found = differences(
             {path: node.lasting() for path, node in right.items()},
@@ -169,11 +194,12 @@ class Differential:
 
         self.both(f"open {path} {flags:o} {mode:o}", call)
         if descriptors:
-            self.handles.append((descriptors[0], descriptors[1]))
+            self.handles.append((descriptors[0], descriptors[1], self.roots[1]))
 
     def close(self) -> None:
         if self.handles:
-            pair = self.handles.pop(self.rng.randrange(len(self.handles)))
+            *pair, mount = self.handles.pop(self.rng.randrange(len(self.handles)))
+            self._go(mount)
             self.history.append(f"{self.step}: close {pair[1]}")
             for descriptor in pair:
                 os.close(descriptor)
@@ -187,7 +213,13 @@ class Differential:
 
     def read(self) -> None:
         size, offset = self.rng.choice((1, 100, 5000, 200_000)), self.offset()
-        self.on_handle(f"pread {size} at {offset}", lambda fd: os.pread(fd, size, offset))
+
+        def call(fd: int) -> bytes:
+            if len(self.mounts) > 1:
+                os.fstat(fd)  # waits for the newest state; a read of an open file does not
+            return os.pread(fd, size, offset)
+
+        self.on_handle(f"pread {size} at {offset}", call)
 
     def truncate_handle(self) -> None:
         size = self.offset()

@@ -161,9 +161,7 @@ for n in range(50):
         file.write(sys.argv[1] * n)
 """
     place = leader.network.place(leader.number)
-    processes = [
-        subprocess.Popen([*place, sys.executable, "-c", script, str(k)], cwd="/") for k in range(8)
-    ]
+    processes = [subprocess.Popen([*place, sys.executable, "-c", script, str(k)], cwd="/") for k in range(8)]
     assert [process.wait(timeout=60) for process in processes] == [0] * 8
     sizes = "print(sorted((name, os.stat('crowd/' + name).st_size) for name in os.listdir('crowd')))"
     expected = str(sorted((f"{k}-{n}", n) for k in range(8) for n in range(50)))
