@@ -1,7 +1,7 @@
 """The log in memory: matching, truncating, marks, bytes."""
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aspenfs.cluster.log import ENTRY_OVERHEAD_BYTES, RaftLog
@@ -297,10 +297,6 @@ def test_changes_of_the_configuration_are_found() -> None:
     assert log.configurations_between(5, 6) == []
 
 
-EXAMPLES = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine
-
-
-@EXAMPLES
 @given(st.data())
 def test_the_log_does_what_a_list_would_do(data: st.DataObject) -> None:
     """Against a plain list of terms, entry i at place i."""

@@ -2,7 +2,7 @@
 
 import msgpack
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aspenfs import errors
@@ -180,16 +180,11 @@ anything = st.recursive(
 )
 
 
-EXAMPLES = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine
-
-
-@EXAMPLES
 @given(changes)
 def test_a_change_survives_its_bytes(change: ConfigurationChange) -> None:
     assert ConfigurationChange.decode(change.encode()) == change
 
 
-@EXAMPLES
 @given(
     st.binary()
     | anything.map(msgpack.packb)
@@ -261,7 +256,6 @@ def test_a_configuration_that_is_not_one_is_refused(value: object) -> None:
         read_configuration(value)
 
 
-@EXAMPLES
 @given(anything)
 def test_any_value_is_a_configuration_or_refused(value: object) -> None:
     try:

@@ -4,7 +4,7 @@ from typing import Any
 
 import msgpack
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aspenfs import errors
@@ -138,10 +138,6 @@ scalars = (
 anything = st.recursive(scalars, lambda inner: st.lists(inner, max_size=5), max_leaves=10)
 
 
-EXAMPLES = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine
-
-
-@EXAMPLES
 @given(st.sampled_from([APPEND, SNAP]), st.dictionaries(st.integers(0, 11), anything, max_size=3), st.data())
 def test_a_damaged_message_is_a_message_or_refused(
     message: Message, damage: dict[int, Any], data: st.DataObject
@@ -165,7 +161,6 @@ def test_a_damaged_message_is_a_message_or_refused(
     assert over_the_wire(again) == again
 
 
-@EXAMPLES
 @given(anything)
 def test_any_value_is_a_message_or_refused(value: object) -> None:
     with pytest.raises(errors.InvalidArgument):
