@@ -16,7 +16,7 @@ import pytest
 import trio
 
 from aspenfs.fuse import loop, turns
-from tests.fuse.toydaemon import ToyDaemon
+from tests.fuse.toydaemon import DEADLINE_S, ToyDaemon
 
 pytestmark = pytest.mark.mount
 
@@ -31,8 +31,8 @@ def mountpoint(tmp_path: Path) -> Path:
 # --- turns ---
 
 
-def _slow_lookups(toy: ToyDaemon, clients: int, sleep_ms: int, rounds: int) -> None:
-    """Has `clients` processes, each in a directory of its own, make `rounds` slow lookups side by side.
+def _slow_lookups(toy: ToyDaemon, clients: int, name: str, rounds: int) -> None:
+    """Has `clients` processes, each in a directory of its own, make `rounds` lookups of `name` side by side.
 
     In directories of their own, for the kernel sends the lookups of one directory one after another.
     """
@@ -44,7 +44,7 @@ def _slow_lookups(toy: ToyDaemon, clients: int, sleep_ms: int, rounds: int) -> N
             stack.enter_context(
                 toy.client(
                     f"print(1, flush=True)\nsys.stdin.readline()\nfor _ in range({rounds}):\n"
-                    f"    try: os.stat(f'{{m}}/d{n}/sleep-{sleep_ms}')\n    except FileNotFoundError: pass",
+                    f"    try: os.stat(f'{{m}}/d{n}/{name}')\n    except FileNotFoundError: pass",
                     stdin=True,
                 )
             )
@@ -58,13 +58,14 @@ def _slow_lookups(toy: ToyDaemon, clients: int, sleep_ms: int, rounds: int) -> N
             child.stdin.write("\n")
             child.stdin.flush()
         for child in children:
-            child.communicate(timeout=15)
+            child.communicate(timeout=DEADLINE_S)
 
 
 @SPINS
 def test_suspended_handlers_do_not_hold_up_other_requests(mountpoint: Path, spin: str) -> None:
     with ToyDaemon(mountpoint, "--spin-us", spin) as toy:
-        _slow_lookups(toy, clients=4, sleep_ms=5, rounds=40)
+        _slow_lookups(toy, clients=4, name="sleep-5", rounds=20)
+        _slow_lookups(toy, clients=4, name="meet-4", rounds=20)  # each needs all four
         counts = toy.ask("cpu")
         assert counts["asleep_max"] == 4
         assert counts["hand_overs"] >= 40
@@ -72,7 +73,13 @@ def test_suspended_handlers_do_not_hold_up_other_requests(mountpoint: Path, spin
 
 def test_requests_wait_and_are_served_when_all_workers_are_suspended(mountpoint: Path) -> None:
     with ToyDaemon(mountpoint, "--workers", "2") as toy:
-        _slow_lookups(toy, clients=6, sleep_ms=20, rounds=5)
+        _slow_lookups(toy, clients=6, name="sleep-20", rounds=5)
+        with contextlib.ExitStack() as stack:
+            held = "try: os.stat(f'{m}/d%d/hold')\nexcept FileNotFoundError: print('held')"
+            children = [stack.enter_context(toy.client(held % n)) for n in range(6)]
+            _wait_until(lambda: toy.ask("cpu")["held"] == 2)
+            toy.ask("release")
+            assert [child.communicate(timeout=DEADLINE_S)[0] for child in children] == ["held\n"] * 6
         assert toy.ask("cpu")["asleep_max"] == 2
 
 
@@ -83,13 +90,13 @@ def test_a_quick_request_overtakes_a_slow_one(mountpoint: Path) -> None:
         toy.run_in_mount("os.stat(m)")
         assert slow.poll() is None
         toy.ask("release")
-        assert slow.communicate(timeout=5)[0] == "held\n"
+        assert slow.communicate(timeout=DEADLINE_S)[0] == "held\n"
 
 
 def test_workers_that_pyfuse3_retires_leave_someone_reading(mountpoint: Path) -> None:
     with ToyDaemon(mountpoint, "--workers", "4", "--min-workers", "1") as toy:
         for _ in range(3):
-            _slow_lookups(toy, clients=4, sleep_ms=5, rounds=5)
+            _slow_lookups(toy, clients=4, name="sleep-5", rounds=5)
         toy.run_in_mount("os.stat(m)")
 
 
@@ -112,13 +119,25 @@ def test_a_mount_that_nobody_uses_costs_the_rest_of_the_daemon_nothing(mountpoin
 
 @SPINS
 def test_whoever_wakes_a_mount_that_dozes_is_served(mountpoint: Path, spin: str) -> None:
-    code = f"for _ in range(20):\n    time.sleep({3 * turns.DOZE_S})\n    os.path.exists(m + '/none')"
+    asking = "for _ in sys.stdin: print(os.path.exists(m + '/none'), flush=True)"
     with ToyDaemon(mountpoint, "--spin-us", spin) as toy:
-        before = toy.ask("cpu")["dozes"]
-        toy.run_in_mount("import time\n" + code)
-        assert toy.ask("cpu")["dozes"] - before >= 10
-        _slow_lookups(toy, clients=4, sleep_ms=5, rounds=20)  # and turns change hands as before
+        with toy.client(asking, stdin=True) as client:
+            assert client.stdin is not None
+            assert client.stdout is not None
+            dozes = 0
+            for _ in range(20):
+                dozes = _dozes_again(toy, dozes)
+                client.stdin.write("\n")
+                client.stdin.flush()
+                assert client.stdout.readline() == "False\n"
+        _slow_lookups(toy, clients=4, name="meet-4", rounds=20)  # and turns change hands as before
         assert toy.ask("cpu")["asleep_max"] == 4
+
+
+def _dozes_again(toy: ToyDaemon, before: int) -> int:
+    """Waits until it has dozed off more than `before` times; how often it has."""
+    _wait_until(lambda: toy.ask("cpu")["dozes"] > before)
+    return int(toy.ask("cpu")["dozes"])
 
 
 def test_many_clients_get_every_answer(mountpoint: Path) -> None:
@@ -136,7 +155,7 @@ print("done")
 """
     with ToyDaemon(mountpoint) as toy, contextlib.ExitStack() as stack:
         children = [stack.enter_context(toy.client(f"CLIENT = {n}\n{code}")) for n in range(4)]
-        assert [child.communicate(timeout=20)[0] for child in children] == ["done\n"] * 4
+        assert [child.communicate(timeout=60)[0] for child in children] == ["done\n"] * 4
 
 
 # --- ends ---
@@ -148,7 +167,7 @@ def test_signal_ends_an_idle_daemon_and_unmounts(mountpoint: Path, number: signa
     with ToyDaemon(mountpoint, "--idle", "--spin-us", spin) as toy:
         toy.run_in_mount("os.stat(m)")
         toy.send_signal(number)
-        assert toy.ends(deadline_s=4) == 0
+        assert toy.ends() == 0
         assert not toy.mounted()
 
 
@@ -156,16 +175,16 @@ def test_sigterm_ends_a_saturated_daemon_with_suspended_handlers(mountpoint: Pat
     with ToyDaemon(mountpoint) as toy, _saturating(toy, 2), toy.client("os.stat(m + '/sleep-300')"):
         _wait_until(lambda: toy.ask("cpu")["requests"] > 1000)
         toy.send_signal(signal.SIGTERM)
-        assert toy.ends(deadline_s=4) == 0
+        assert toy.ends() == 0
         assert not toy.mounted()
 
 
 @pytest.mark.parametrize("command", ["stop", "cancel"])
 def test_ends_by_command_while_workers_are_parked(mountpoint: Path, command: str) -> None:
     with ToyDaemon(mountpoint, "--idle") as toy:
-        _slow_lookups(toy, clients=4, sleep_ms=5, rounds=2)  # leaves workers parked
+        _slow_lookups(toy, clients=4, name="sleep-5", rounds=2)  # leaves workers parked
         toy.tell(command)
-        assert toy.ends(deadline_s=4) == 0
+        assert toy.ends() == 0
         assert not toy.mounted()
 
 
@@ -174,15 +193,15 @@ def test_ends_when_a_handler_itself_asks_for_it(mountpoint: Path, name: str) -> 
     """Nothing else runs that could wake up a holder that has gone to block."""
     with ToyDaemon(mountpoint, "--idle") as toy:
         toy.run_in_mount(f"try: os.stat(f'{{m}}/{name}')\nexcept OSError: pass")
-        assert toy.ends(deadline_s=4) == 0
+        assert toy.ends() == 0
         assert not toy.mounted()
 
 
 def test_unmount_from_outside_ends_the_daemon(mountpoint: Path) -> None:
     with ToyDaemon(mountpoint, "--idle") as toy:
-        _slow_lookups(toy, clients=4, sleep_ms=5, rounds=2)
-        subprocess.run(["umount", str(mountpoint)], check=True, timeout=5)
-        assert toy.ends(deadline_s=4) == 0
+        _slow_lookups(toy, clients=4, name="sleep-5", rounds=2)
+        subprocess.run(["umount", str(mountpoint)], check=True, timeout=DEADLINE_S)
+        assert toy.ends() == 0
 
 
 def test_killed_callers_leave_the_daemon_responsive(mountpoint: Path) -> None:
@@ -218,8 +237,8 @@ def test_saturation_by_requests_leaves_timers_and_sockets_their_turn(mountpoint:
         time.sleep(1.5)  # the length of the observation, not a wait for something
         assert toy.ask("cpu")["requests"] - before > 1000
         worst = toy.ask("lateness")
-        assert worst["ticker_ms"] < 50
-        assert worst["echo_ms"] < 50
+        assert worst["ticker_busy_ms"] < 50
+        assert worst["echo_busy_ms"] < 50
 
 
 @SPINS
@@ -289,7 +308,7 @@ async def _with_session(
                 done.set()
                 hook.notify_closing(ours.fileno())
 
-    with trio.fail_after(5), ours, theirs:
+    with trio.fail_after(DEADLINE_S), ours, theirs:
         theirs.send(sent)
         async with hook.open_nursery() as nursery:
             nursery.start_soon(session_loop, nursery, None)
@@ -316,7 +335,7 @@ def test_tasks_of_the_same_batch_run_before_the_holder_blocks() -> None:
             released = trio.Event()
             began_s = trio.current_time()
             await _with_session(serve, b"wwwr", until=4)
-        assert worst_s < 0.5
+        assert worst_s < 4.0  # who blocks, does so for 5 s
 
     trio.run(main)
 
@@ -391,12 +410,12 @@ def test_a_guest_loop_falls_back_to_waiting_through_trio() -> None:
         host_uses_signal_set_wakeup_fd=True,
     )
     while not ended:
-        assert semaphore.acquire(timeout=5)
+        assert semaphore.acquire(timeout=DEADLINE_S)
         calls.pop(0)()
     getattr(ended[0], "unwrap")()  # noqa: B009 – an outcome
 
 
-def _wait_until(condition: Callable[[], bool], deadline_s: float = 10.0) -> None:
+def _wait_until(condition: Callable[[], bool], deadline_s: float = DEADLINE_S) -> None:
     end_s = time.monotonic() + deadline_s
     while not condition():
         assert time.monotonic() < end_s, "in vain"

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parents[2]
-DEADLINE_S = 15.0
+DEADLINE_S = 30.0  # of a busy machine; what hangs, hangs longer
 MNT_FORCE, MNT_DETACH = 1, 2
 
 
@@ -137,7 +137,7 @@ class ToyDaemon:
             if child.poll() is None:
                 child.kill()
             try:
-                child.wait(2.0)
+                child.wait(DEADLINE_S)
             except subprocess.TimeoutExpired:
                 self.kill()  # a client in the kernel's hands goes when the connection is aborted
                 child.wait(DEADLINE_S)

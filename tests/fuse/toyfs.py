@@ -5,8 +5,9 @@
 Says `ready PID` on standard output once it is mounted, and then obeys one-line commands on standard input:
 `cpu` answers with its CPU time and counters, `lateness` with the worst lateness of its ticker and its socket
 echo since the last such command, `stop` ends it, `cancel` ends it by cancellation. End of input ends it too.
-Names mean something: a lookup of `sleep-N` takes N ms, one of `hold` lasts until the command `release`,
-one of `stop` calls `pyfuse3.terminate`, one of `cancel` cancels the session's scope inside the handler.
+Names mean something: a lookup of `sleep-N` takes N ms, one of `meet-N` lasts until N of them are under way,
+one of `hold` until the command `release`, one of `stop` calls `pyfuse3.terminate`, one of `cancel` cancels
+the session's scope inside the handler.
 Further commands change the tree behind the kernel's back and call the `Notifier` (`_command`).
 """
 
@@ -25,10 +26,11 @@ from collections.abc import Sequence
 import pyfuse3
 import trio
 
-from aspenfs.fuse import loop, mounts, opened
+from aspenfs.fuse import idle, loop, mounts, opened
 from aspenfs.fuse.notifier import Notifier
 
 TICK_S = 0.01
+BLOCK_S_MAX = 600.0  # who is not woken shows
 
 
 class Node:
@@ -54,8 +56,8 @@ class ToyOperations(pyfuse3.Operations):
         self.nodes = {pyfuse3.ROOT_INODE: Node(pyfuse3.ROOT_INODE, stat.S_IFDIR | 0o755, timeout_s)}
         self.requests = self.flushes = 0
         self.scope = trio.CancelScope()
-        self.asleep = self.asleep_max = self.held = 0
-        self.released = trio.Event()
+        self.asleep = self.asleep_max = self.held = self.meeting = 0
+        self.released, self.met = trio.Event(), trio.Event()
 
     def _add(self, parent: int, name: bytes, mode: int) -> Node:
         ino = len(self.nodes) + 1
@@ -67,14 +69,11 @@ class ToyOperations(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext | None
     ) -> pyfuse3.EntryAttributes:
         self.requests += 1
-        if name.startswith(b"sleep-"):
+        if name.startswith((b"sleep-", b"meet-", b"hold")):
             self.asleep += 1
             self.asleep_max = max(self.asleep_max, self.asleep)
-            await trio.sleep(float(name[6:]) / 1000)
+            await self._wait(*name.split(b"-"))
             self.asleep -= 1
-        elif name == b"hold":
-            self.held += 1
-            await self.released.wait()
         elif name == b"stop":
             pyfuse3.terminate()
         elif name == b"cancel":
@@ -83,6 +82,20 @@ class ToyOperations(pyfuse3.Operations):
         if node is None:
             raise pyfuse3.FUSEError(errno.ENOENT)
         return node.attributes
+
+    async def _wait(self, how: bytes, number: bytes = b"0") -> None:
+        if how == b"sleep":
+            await trio.sleep(float(number) / 1000)
+        elif how == b"hold":
+            self.held += 1
+            await self.released.wait()
+        else:
+            self.meeting += 1
+            met = self.met
+            if self.meeting == int(number):
+                self.meeting, self.met = 0, trio.Event()
+                met.set()
+            await met.wait()
 
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext | None) -> pyfuse3.EntryAttributes:
         self.requests += 1
@@ -157,28 +170,33 @@ class Lateness:
     def __init__(self) -> None:
         self.ticker_ms = self.echo_ms = 0.0
         self.ticker_raw_ms = 0.0  # with it
+        self.ticker_busy_ms = self.echo_busy_ms = 0.0  # no more than the thread used: a stopped one uses none
 
     async def tick(self) -> None:
         due_s = trio.current_time()
         while True:
             due_s = max(due_s + TICK_S, trio.current_time())
-            waited_s = _waited_for_cpu_s()
+            waited_s, used_s = _waited_for_cpu_s(), time.thread_time()
             await trio.sleep_until(due_s)
             late_s = trio.current_time() - due_s
             self.ticker_raw_ms = max(self.ticker_raw_ms, late_s * 1e3)
             late_s -= _waited_for_cpu_s() - waited_s
             self.ticker_ms = max(self.ticker_ms, late_s * 1e3)
+            busy_s = min(late_s, time.thread_time() - used_s)
+            self.ticker_busy_ms = max(self.ticker_busy_ms, busy_s * 1e3)
 
     async def echo(self) -> None:
         near, far = (trio.socket.from_stdlib_socket(end) for end in socket.socketpair())
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._reflect, far)
             while True:
-                sent_s, waited_s = trio.current_time(), _waited_for_cpu_s()
+                sent_s, waited_s, used_s = trio.current_time(), _waited_for_cpu_s(), time.thread_time()
                 await near.send(b"x")
                 await near.recv(1)
                 late_s = trio.current_time() - sent_s - (_waited_for_cpu_s() - waited_s)
                 self.echo_ms = max(self.echo_ms, late_s * 1e3)
+                busy_s = min(late_s, time.thread_time() - used_s)
+                self.echo_busy_ms = max(self.echo_busy_ms, busy_s * 1e3)
                 await trio.sleep(TICK_S)
 
     async def _reflect(self, far: trio.socket.SocketType) -> None:
@@ -224,9 +242,12 @@ async def _obey(operations: ToyOperations, lateness: Lateness, notifier: Notifie
                     _answer(
                         ticker_ms=lateness.ticker_ms,
                         ticker_raw_ms=lateness.ticker_raw_ms,
+                        ticker_busy_ms=lateness.ticker_busy_ms,
                         echo_ms=lateness.echo_ms,
+                        echo_busy_ms=lateness.echo_busy_ms,
                     )
-                    lateness.ticker_ms = lateness.ticker_raw_ms = lateness.echo_ms = 0.0
+                    lateness.ticker_ms = lateness.ticker_raw_ms = lateness.ticker_busy_ms = 0.0
+                    lateness.echo_ms = lateness.echo_busy_ms = 0.0
                 case [b"stop"]:
                     pyfuse3.terminate()
                     return
@@ -309,6 +330,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=0.0, help="of attributes and entries, s")
     parser.add_argument("--idle", action="store_true", help="neither ticker nor echo")
     options = parser.parse_args()
+    vars(idle)["_BLOCK_S_MAX"] = BLOCK_S_MAX
     if not options.stock and not loop.install(spin_us=options.spin_us):
         sys.exit("the hook is not active")
     operations = ToyOperations(options.timeout)
