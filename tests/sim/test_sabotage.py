@@ -9,6 +9,8 @@ import pytest
 
 from aspenfs.sim.sabotage import SABOTAGES, search
 
+pytestmark = pytest.mark.timeout(600)  # up to a quarter of a minute of one core
+
 
 @pytest.mark.parametrize("name", sorted(SABOTAGES))
 def test_is_caught(name: str) -> None:

@@ -15,6 +15,8 @@ from aspenfs.sim.simulation import Plan, describe, plan, run, shrink
 
 ROOT = Path(__file__).resolve().parents[2]
 
+pytestmark = pytest.mark.timeout(600)  # up to a quarter of a minute of one core
+
 
 def everything(seed: int, steps: int = 3_000) -> Plan:
     """A run with every kind of fault."""
@@ -46,7 +48,7 @@ def test_course_of_events_does_not_depend_on_hashes() -> None:
     outputs = set()
     for seed in ("0", "1", "4711"):
         environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, timeout=100,
+        done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, timeout=500,
                               capture_output=True, text=True, check=True)  # fmt: skip
         outputs.add(done.stdout)
     assert len(outputs) == 1
@@ -87,7 +89,7 @@ def test_plan_is_told_to_people() -> None:
 
 def test_command_line_runs_a_seed_and_many(tmp_path: Path) -> None:
     def simulate(*options: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, str(ROOT / "tools" / "simulate"), *options], timeout=100,
+        return subprocess.run([sys.executable, str(ROOT / "tools" / "simulate"), *options], timeout=500,
                               capture_output=True, text=True, check=False)  # fmt: skip
 
     transcript = tmp_path / "transcript"
