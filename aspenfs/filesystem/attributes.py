@@ -1,5 +1,6 @@
 """Attributes and extended attributes of inodes (chmod(2), chown(2), utimensat(2), xattr(7))."""
 
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
@@ -42,6 +43,7 @@ from aspenfs.limits import XATTR_BYTES_MAX, XATTR_LIST_BYTES_MAX, XATTR_VALUE_BY
 
 NAMESPACES: Final = (b"user.", b"trusted.", b"security.")
 PERMISSIONS: Final = 0o7777
+_CAPABILITY: Final = b"security.capability"
 # ns that an inode holds: the years 1677 to 2262. Times beyond are kept as the nearest, as the kernel does
 # for file systems that tell it their range.
 Change = Mapping[str, int]  # mode, uid, gid, atime, mtime, ctime: those that are set
@@ -85,6 +87,12 @@ def access_of(store: Store, node: int, inode: Inode, change: Change) -> list[Ope
     return []
 
 
+def without_set_ids(mode: int) -> int:
+    """What a write by a user without privilege leaves of a mode. Where the group may not execute it, the
+    set-group-ID bit means something else."""
+    return mode & ~(stat.S_ISUID | stat.S_ISGID if mode & stat.S_IXGRP else stat.S_ISUID)
+
+
 class AttributeOperations:
     """Changes of what stat(2) and getxattr(2) show, on one volume."""
 
@@ -107,6 +115,30 @@ class AttributeOperations:
             if result.succeeded:
                 return changed(inode, timed)
         raise conflict("setattr")
+
+    def lends(self, node: int, inode: Inode) -> bool:
+        """Whether a program in this file gets capabilities(7) that its caller lacks."""
+        return bool(inode.flags & HAS_XATTRS) and self.store.get(xattr_key(node, _CAPABILITY)) is not None
+
+    async def drop_privileges(self, node: int, *, set_ids: bool) -> None:
+        """Takes away what lends a program more than its caller has: capabilities(7), and if `set_ids` the
+        set-user-ID and set-group-ID bits, as Linux does in file_remove_privs. This host's kernel is told,
+        too: it does not know that. Stale."""
+        key = inode_key(node)
+        for _ in range(ATTEMPTS):
+            record = self.store.get(key)
+            if record is None:
+                raise errors.Stale(f"inode {node} is gone")
+            inode = unpack_inode(record.value)
+            mode, held = without_set_ids(inode.mode) if set_ids else inode.mode, self.lends(node, inode)
+            if mode == inode.mode and not held:
+                return
+            edits = edits_of(inode, {"mode": mode, "ctime": self.volume.now()})
+            operations = [merge(key, *edits), *([delete(xattr_key(node, _CAPABILITY))] if held else [])]
+            same = compare_mod_revision(key, EQUAL, record.mod_revision)
+            if (await self.store.txn((same,), operations)).succeeded:
+                return
+        raise conflict("taking privileges away")
 
     async def record_reads(self, atimes: dict[int, int]) -> bool:
         """Writes up to TXN_OPS_MAX access times that were kept in memory; nodes that are gone are passed

@@ -188,6 +188,14 @@ class WriteBehind:
                 inode = changed(inode, waiting.change)
         return inode._replace(allocated=inode.allocated + file.bytes)  # at the most
 
+    def mode(self, node: int, mode: int) -> int:
+        """What `mode`, as it is here, will be when all that was taken is committed."""
+        file = self.files.get(node)
+        for waiting in file.waiting if file is not None else ():
+            if waiting.change is not None:
+                mode = waiting.change.get("mode", mode)
+        return mode
+
     def has_room(self, node: int) -> bool:
         """Whether a change may be taken in: each ends a transaction, and they are not counted as bytes."""
         file = self.files.get(node)

@@ -18,7 +18,14 @@ import trio
 
 from aspenfs import errors
 from aspenfs.fuse import loop, opened
-from aspenfs.fuse.requests import CREATE, OPEN, OPENDIR, Requests
+from aspenfs.fuse.requests import (
+    CREATE,
+    OPEN,
+    OPENDIR,
+    WRITE_CACHE,
+    WRITE_KILL_SUIDGID,
+    Requests,
+)
 from aspenfs.limits import KIB, NAME_BYTES_MAX
 from aspenfs.vfs.coherence import SHARED_TIMEOUT_S, Validity
 from aspenfs.vfs.filesystem import ROOT_INODE, FileSystem
@@ -241,7 +248,7 @@ class Operations(pyfuse3.Operations):
 
     @answers
     async def open(self, inode: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
-        if flags & os.O_APPEND:
+        if flags & os.O_ACCMODE:
             self.requests.readable(OPEN, inode, ctx)  # for the writes that come
         fh, target, keep = await self.fs.open(inode, flags, ctx)
         if flags & os.O_ACCMODE == os.O_RDONLY:
@@ -250,7 +257,7 @@ class Operations(pyfuse3.Operations):
 
     @answers
     async def create(self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: Any) -> Any:
-        if flags & os.O_APPEND:
+        if flags & os.O_ACCMODE:
             self.requests.readable(CREATE, parent_inode, ctx)
         fh, target, keep, ino, validity, attr = await self.fs.create(parent_inode, name, mode, flags, ctx)
         await self._done(parent_inode)
@@ -264,8 +271,12 @@ class Operations(pyfuse3.Operations):
     @answers
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         file = self.fs.file(fh)
-        mapped = self.requests.is_write_back(fh, off) if file.appends else None
-        written = await file.write(off, buf, mapped)
+        mapped = unprivileged = None
+        if file.appends or file.direct_io:
+            flags = self.requests.write_flags(fh, off)
+            if flags is not None:
+                mapped, unprivileged = bool(flags & WRITE_CACHE), bool(flags & WRITE_KILL_SUIDGID)
+        written = await file.write(off, buf, mapped, unprivileged)
         if self.show.sync:
             await file.sync(True)
         return written

@@ -27,7 +27,8 @@ HEADER: Final = struct.Struct("=IIQQIII4x")
 READ_IN: Final = struct.Struct("=QQI")
 WRITE_IN: Final = struct.Struct("=QQII")  # of struct fuse_write_in: handle, offset, size, flags
 OPEN, WRITE, OPENDIR, CREATE, READDIRPLUS = 14, 16, 27, 35, 44
-WRITE_CACHE: Final = 1  # a page of a mapping, or of the writeback cache
+# Flags of a WRITE: a page of a mapping, or of the writeback cache; by somebody without CAP_FSETID.
+WRITE_CACHE, WRITE_KILL_SUIDGID = 1, 4
 KERNEL_MIN: Final = (5, 1)  # the first that takes ENOSYS from OPENDIR for "never again"
 
 _POINTER_BYTES: Final = ctypes.sizeof(ctypes.c_void_p)
@@ -78,9 +79,8 @@ class Requests:
         assert (header.opcode, handle, offset) == (READDIRPLUS, 0, position), header
         return header.inode, size
 
-    def is_write_back(self, handle: int, offset: int) -> bool | None:
-        """Whether the WRITE under way, which begins at `offset`, is of a mapping's pages; None if that can
-        not be told."""
+    def write_flags(self, handle: int, offset: int) -> int | None:
+        """Those of the WRITE under way, which begins at `offset`; None if they can not be told."""
         scope = _variables(self._serving()) if self._offset is not None else None
         if self._offset is None or scope is None:
             return None
@@ -91,7 +91,7 @@ class Requests:
         found = WRITE_IN.unpack_from(request, HEADER.size)
         if Header._make(HEADER.unpack_from(request)).opcode != WRITE or found[:2] != (handle, offset):
             return None
-        return bool(found[3] & WRITE_CACHE)
+        return found[3]  # type: ignore[no-any-return]
 
     def _look(self, opcode: int, inode: int, caller: Caller) -> str | None:
         """Finds `_offset`, or says why not."""

@@ -129,9 +129,13 @@ class OpenFile:
         """Up to `size` bytes; fewer only at the end of the file."""
         raise errors.BadHandle("not open for reading")
 
-    async def write(self, offset: int, data: bytes, mapped: bool | None = None) -> int:
+    async def write(
+        self, offset: int, data: bytes, mapped: bool | None = None, unprivileged: bool | None = None
+    ) -> int:
         """`mapped`: whether the kernel writes back a mapping's page, which has its place, also by a handle
-        that appends; None: not to be told, see `is_write_back`."""
+        that appends; None: not to be told, see `is_write_back`. `unprivileged`: whether the writer may not
+        leave a set-user-ID bit where it is, and the kernel has not taken it away itself, as it does before
+        it writes to its pages; None: not to be told."""
         raise errors.ReadOnly("read-only tree")
 
     async def flush(self) -> None:

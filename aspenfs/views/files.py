@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from aspenfs import errors
 from aspenfs.filesystem import layout
-from aspenfs.filesystem.attributes import AttributeOperations
+from aspenfs.filesystem.attributes import AttributeOperations, without_set_ids
 from aspenfs.filesystem.births import Births
 from aspenfs.filesystem.content import Content
 from aspenfs.filesystem.namespace import RENAME_EXCHANGE, Namespace, Removed
@@ -40,7 +40,6 @@ from aspenfs.views.files_open import OpenInode
 
 DAY_NS: Final = 24 * 3600 * 10**9
 INODES_MAX: Final = (1 << 48) - 1
-SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
 # A new file that is opened so is committed before open(2) returns: its end must be known, each write must be
 # durable.
 COMMITTED: Final = os.O_APPEND | os.O_SYNC | os.O_DSYNC
@@ -184,9 +183,8 @@ class FilesTree(Tree):
                 await self.names.keep(node)
             if flags & os.O_TRUNC:
                 await self.writes.settled(node)
-                inode = await self.content.truncate(node, 0)
-                if inode.mode & SET_IDS and caller.uid:
-                    await self.attributes.change(node, {"mode": _without_set_ids(inode.mode)})
+                await self.content.truncate(node, 0)
+                await self.attributes.drop_privileges(node, set_ids=caller.uid != 0)
         except BaseException:
             self.released(handle)
             raise
@@ -194,7 +192,7 @@ class FilesTree(Tree):
 
     def _handle(self, node: int, flags: int, caller: Caller) -> OpenInode:
         self.open_counts[node] = self.open_counts.get(node, 0) + 1
-        handle = OpenInode(self, node, flags)
+        handle = OpenInode(self, node, flags, unprivileged=caller.uid != 0)
         if flags & os.O_ACCMODE and caller.pid:  # 0: somebody whom this process can not see
             handle.writer = writer = node, caller.pid
             self.writers[writer] = self.writers.get(writer, 0) + 1
@@ -277,6 +275,24 @@ class FilesTree(Tree):
             inode = await self.attributes.change(node, change)
         self._read_as_of(node, wanted)
         return self._attr(node) if inode is None else self._now(node, inode)
+
+    async def before_write(self, node: int, unprivileged: bool) -> None:
+        """Takes from a file what must not lend more to what is written: capabilities, and if the writer is
+        `unprivileged` set-user-ID and set-group-ID bits. The kernel does so before it writes to its pages, by
+        the attributes that it has, which may be old; before it writes past them it does not."""
+        child = self.births.children.get(node)
+        record = self.store.get(layout.inode_key(node))
+        if record is not None:
+            inode = layout.unpack_inode(record.value)
+        elif child is not None:
+            inode = child.birth.inode
+        else:
+            return  # the write tells
+        mode = self.writes.mode(node, inode.mode) if unprivileged else 0
+        if without_set_ids(mode) != mode or self.attributes.lends(node, inode):
+            await self.settled(node)
+            await self.writes.settled(node)
+            await self.attributes.drop_privileges(node, set_ids=unprivileged)
 
     def _read_as_of(self, node: int, wanted: SetAttr) -> None:
         if wanted.atime_ns is not None:
@@ -523,11 +539,6 @@ def _changes(wanted: SetAttr) -> dict[str, int]:
     mode, uid, gid, _, atime, mtime, ctime = wanted
     some = {"mode": mode, "uid": uid, "gid": gid, "atime": atime, "mtime": mtime, "ctime": ctime}
     return {name: value for name, value in some.items() if value is not None}
-
-
-def _without_set_ids(mode: int) -> int:
-    """The permission bits after a truncation by a user without privilege, which open(2) leaves to us."""
-    return mode & 0o7777 & ~(SET_IDS if mode & stat.S_IXGRP else stat.S_ISUID)
 
 
 def _changed(attr: Attr, wanted: SetAttr, now: int) -> Attr:

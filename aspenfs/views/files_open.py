@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class OpenInode(OpenFile):
-    __slots__ = ("appends", "direct_io", "failures", "flags", "node", "tree", "writer")
+    __slots__ = ("appends", "direct_io", "failures", "flags", "node", "tree", "unprivileged", "writer")
 
-    def __init__(self, tree: "FilesTree", node: int, flags: int) -> None:
-        self.tree, self.node, self.flags = tree, node, flags
+    def __init__(self, tree: "FilesTree", node: int, flags: int, *, unprivileged: bool) -> None:
+        self.tree, self.node, self.flags, self.unprivileged = tree, node, flags, unprivileged
         self.writer: tuple[int, int] | None = None  # in `FilesTree.writers`
         self.appends = bool(flags & os.O_APPEND)
         self.direct_io = must_append_whole(flags, tree.store.alone)
@@ -41,8 +41,12 @@ class OpenInode(OpenFile):
         tree.was_read(self.node, inode)
         return data  # type: ignore[return-value]  # any buffer will do for the kernel
 
-    async def write(self, offset: int, data: bytes, mapped: bool | None = None) -> int:
+    async def write(
+        self, offset: int, data: bytes, mapped: bool | None = None, unprivileged: bool | None = None
+    ) -> int:
         tree, node = self.tree, self.node
+        if (self.direct_io or self.unprivileged) and not mapped:
+            await tree.before_write(node, self.unprivileged if unprivileged is None else unprivileged)
         if tree.store.alone and node not in tree.writes.files:
             at = await self._place(offset, len(data), mapped) if self.appends else offset
             await tree.writer.write(node, at, data)

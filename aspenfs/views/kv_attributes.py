@@ -85,7 +85,7 @@ def file_attr(node: int, record: Record, uid: int, gid: int, nlink: int = 1) -> 
     if TYPE in attributes and attributes[TYPE] == SYMLINK:
         mode = stat.S_IFLNK | 0o777
     else:
-        mode = stat.S_IFREG | (number(attributes, MODE, FILE_MODE) & 0o7777)
+        mode = stat.S_IFREG | (number(attributes, MODE, FILE_MODE) & 0o1777)  # lends nobody's identity
     atime, mtime, ctime = times(record)
     return Attr(
         node, mode, nlink, number(attributes, UID, uid), number(attributes, GID, gid), 0,

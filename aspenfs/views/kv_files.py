@@ -72,7 +72,9 @@ class KVFile(OpenFile):
     async def read(self, offset: int, size: int) -> bytes:
         return self.space.content(self.node).value[offset:offset + size]
 
-    async def write(self, offset: int, data: bytes, mapped: bool | None = None) -> int:
+    async def write(
+        self, offset: int, data: bytes, mapped: bool | None = None, unprivileged: bool | None = None
+    ) -> int:
         """As much as a value can take, as POSIX has it for the file size limit; TooLarge if nothing."""
         space, node, believed = self.space, self.node, offset
         appends = False

@@ -5,7 +5,8 @@ returned, or its errno) must be the same, and so must, now and then, the whole t
 its seed and number of steps alone, so a failure can be run again.
 
 The directory that is tried may be there on several mounts: each call is made on one of them. That is for
-mounts with consistency=strict, where no kernel knows anything but what it asks for.
+mounts with consistency=strict, where no kernel knows anything but what it asks for. And the calls may be
+those of several users, each made as one of them.
 """
 
 import fcntl
@@ -14,6 +15,7 @@ import os
 import random
 import stat
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +23,10 @@ from tests.mount.posix.calls import EXCHANGE, NOREPLACE, error, renameat2
 from tests.mount.snapshot import Node, differences, snapshot
 
 NAMES: Final = ["a", "b", "c", "d", "ä", "n" * 255]
+# Who calls: user, group, other groups. Root does most, else nothing would come of anything.
+USERS: Final = [(0, 0, []), (0, 0, []), (1000, 1000, [500]), (1001, 1001, [500, 7]), (1002, 7, [])]
+MODES: Final = (0o644, 0o755, 0o2755, 0o4711, 0o1777, 0o000)
+MODES_OF_USERS: Final = (*MODES, 0o666, 0o777, 0o2777, 0o6777)
 HANDLES_MAX: Final = 6
 WALK_EVERY: Final = 30  # steps after which it is seen anew which paths exist
 LOOK_EVERY: Final = 150  # steps between comparisons of the whole trees
@@ -35,9 +41,11 @@ class Difference(AssertionError):
 
 class Differential:
     """A run: random calls in `right` and in `tried`, two empty directories; `again` are other mounts' paths
-    of the latter."""
+    of the latter. With `users` not all of them are root's."""
 
-    def __init__(self, right: Path, tried: Path, seed: int, again: Sequence[Path] = ()) -> None:
+    def __init__(
+        self, right: Path, tried: Path, seed: int, again: Sequence[Path] = (), *, users: bool = False
+    ) -> None:
         self.roots = (str(right), str(tried))
         self.mounts = [str(tried), *map(str, again)]
         self.rng = random.Random(seed)
@@ -55,6 +63,14 @@ class Differential:
             (3, self.list), (4, self.read_whole), (3, self.stat), (2, self.readlink), (1, self.fsync),
             (1, self.allocate), (2, self.copy), (2, self.create_and_rename),
         ]  # fmt: skip
+        self.modes = MODES_OF_USERS if users else MODES
+        self.owners = (-1, 0, 7, 1000, 1001) if users else (-1, 0, 7)
+        self.groups = (-1, 0, 500, 7, 1000) if users else (-1, 0, 500)
+        self.users = USERS if users else None
+        if users:
+            self.actions += [(4, self.access), (3, self.touch), (6, self.chmod), (4, self.chown)]
+            for root in (right, tried):
+                root.chmod(0o777)
         if again:
             self.actions.remove((4, self.map))  # ENODEV on strict mounts
 
@@ -93,6 +109,9 @@ class Differential:
     # --- both places ---
 
     def both(self, what: str, call: Call) -> tuple[Outcome, Outcome]:
+        if self.users is not None:
+            uid, gid, groups = self.rng.choice(self.users)
+            what, call = f"{what} by {uid}", partial(_as_user, call, uid, gid, groups)
         self.history.append(f"{self.step}: {what.replace(NAMES[-1], 'N')}")
         outcomes = tuple(self._outcome(call, root) for root in self.roots)
         if outcomes[0] != outcomes[1]:
@@ -319,11 +338,11 @@ class Differential:
         self.both(f"stat {path}", lambda root: _fields(os.stat(root + path, follow_symlinks=follow)))
 
     def chmod(self) -> None:
-        path, mode = self.path(0.6), self.rng.choice((0o644, 0o755, 0o2755, 0o4711, 0o1777, 0o000))
+        path, mode = self.path(0.6), self.rng.choice(self.modes)
         self.both(f"chmod {path} {mode:o}", lambda root: os.chmod(root + path, mode))
 
     def chown(self) -> None:
-        path, uid, gid = self.path(0.6), self.rng.choice((-1, 0, 7)), self.rng.choice((-1, 0, 500))
+        path, uid, gid = self.path(0.6), self.rng.choice(self.owners), self.rng.choice(self.groups)
         self.both(f"chown {path} {uid} {gid}", lambda root: os.lchown(root + path, uid, gid))
 
     def utime(self) -> None:
@@ -334,6 +353,14 @@ class Differential:
             return os.lstat(root + path).st_mtime_ns
 
         self.both(f"utime {path} {times}", call)
+
+    def touch(self) -> None:
+        path = self.path(0.7)
+        self.both(f"touch {path}", lambda root: os.utime(root + path))
+
+    def access(self) -> None:
+        path, mode = self.path(0.7), self.rng.choice((os.R_OK, os.W_OK, os.X_OK, os.R_OK | os.W_OK | os.X_OK))
+        self.both(f"access {path} {mode}", lambda root: os.access(root + path, mode, effective_ids=True))
 
     def set_xattr(self) -> None:
         path, name, value = self.path(0.6), f"user.{self.rng.choice('xyz')}", self.rng.randbytes(20)
@@ -385,6 +412,19 @@ class Differential:
 def _fields(found: os.stat_result) -> tuple[int, ...]:
     size = 0 if stat.S_ISDIR(found.st_mode) else found.st_size
     return found.st_mode, found.st_nlink, found.st_uid, found.st_gid, size
+
+
+def _as_user(call: Call, uid: int, gid: int, groups: list[int], root: str) -> Outcome:
+    before = os.getgroups()
+    os.setgroups(groups)
+    os.setegid(gid)
+    os.seteuid(uid)
+    try:
+        return call(root)
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(before)
 
 
 def _set(path: str, name: str, value: bytes, flags: int) -> None:

@@ -12,14 +12,15 @@ from tests.mount.differential import Difference, Differential
 from tests.mount.mounting import Mount
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_random_calls_have_the_outcomes_of_ext4(mount: Mount, ext4: Path, seed: int) -> None:
+@pytest.mark.parametrize("users", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_random_calls_have_the_outcomes_of_ext4(mount: Mount, ext4: Path, seed: int, users: bool) -> None:
     before = os.umask(0o022)
     try:
-        right, tried = ext4 / f"random-{seed}", mount.mountpoint / "files" / f"random-{seed}"
+        right, tried = (above / f"random-{seed}-{users}" for above in (ext4, mount.mountpoint / "files"))
         right.mkdir()
         tried.mkdir()
-        Differential(right, tried, seed).run(1200)
+        Differential(right, tried, seed, users=users).run(1200)
     finally:
         os.umask(before)
 

@@ -41,7 +41,7 @@ def test_random_calls_on_three_strict_mounts_have_the_outcomes_of_ext4(ext4: Pat
             first, *others = (node.mountpoint / "files" / "random" for node in cluster)
             for place in (right, first):
                 place.mkdir()
-            Differential(right, first, 1, others).run(1200)
+            Differential(right, first, 1, others, users=True).run(1200)
             assert len(set(cluster.digests().values())) == 1
     finally:
         os.umask(before)

@@ -1,0 +1,119 @@
+"""What is written to a file by somebody else gets nothing of what the file lent: its owner's identity, its
+group's, capabilities. The kernel sees to that itself where a write goes through its pages, by the mode that
+it remembers; an append goes past them, and so does everything on a strict mount."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.mount.cluster.test_coherence import at_once, python
+from tests.mount.clusters import Cluster, Node
+
+pytestmark = [pytest.mark.mount, pytest.mark.timeout(240)]
+
+USER = 1000
+MAKE = """
+import struct
+name, capable = sys.argv[1], int(sys.argv[2])
+with open(name, "w") as file:
+    file.write("program")
+os.chmod(name, 0o6777)
+if capable:
+    os.setxattr(name, "security.capability", struct.pack("<5I", 0x02000001, 1 << 13, 0, 0, 0))
+"""
+WRITE = """
+name, flags, user = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+if user:
+    os.setgid(user)
+    os.setuid(user)
+file = os.open(name, os.O_WRONLY | flags)
+if not flags & os.O_TRUNC:
+    os.write(file, b"other")
+os.close(file)
+"""
+LOOK = """
+held = "security.capability" in os.listxattr(sys.argv[1])
+print(oct(os.stat(sys.argv[1]).st_mode & 0o7777), "capable" if held else "")
+"""
+
+
+def look(node: Node, name: str) -> list[str]:
+    return python(node, LOOK, name).split()
+
+
+@pytest.fixture(params=["open", "strict"])
+def writer(request: pytest.FixtureRequest, cluster: Cluster) -> Iterator[Node]:
+    """The node whose user writes; the mounts of the others have the default."""
+    node = cluster[2]
+    if request.param == "open":
+        yield node
+    else:
+        node.stop()
+        yield node.start("consistency=strict")
+        node.stop()
+        node.start()
+
+
+@pytest.mark.parametrize(("flags", "what"), [(0, "over"), (os.O_APPEND, "behind"), (os.O_TRUNC, "nothing")])
+def test_a_write_takes_what_the_file_lent(cluster: Cluster, writer: Node, flags: int, what: str) -> None:
+    for user, left in ((USER, "0o777"), (0, "0o6777")):
+        name = f"lent-{what}-{user}"
+        python(cluster[1], MAKE, name, "1")
+        assert look(writer, name) == ["0o6777", "capable"]
+        python(writer, WRITE, name, str(flags), str(user))
+        assert [look(node, name) for node in cluster] == [[left]] * 3
+        writer.sh(f"rm files/{name}")
+
+
+def test_a_descriptor_of_root_gives_its_privilege_to_nobody_who_appends_by_it(cluster: Cluster) -> None:
+    """Who writes counts, not who opened."""
+    python(cluster[1], MAKE, "inherited", "0")
+    script = """
+file = os.open("inherited", os.O_WRONLY | os.O_APPEND)
+os.write(file, b"root's")
+before = os.stat("inherited").st_mode & 0o7777
+pid = os.fork()
+if not pid:
+    os.setuid(1000)
+    os.write(file, b"other")
+    os._exit(0)
+os.waitpid(pid, 0)
+print(oct(before), oct(os.stat("inherited").st_mode & 0o7777))
+"""
+    assert python(cluster[2], script).split() == ["0o6777", "0o777"]
+
+
+def test_a_bit_that_was_set_on_another_host_goes_too(cluster: Cluster) -> None:
+    """The kernel of the writer does not ask for the mode before each write."""
+    first, second, _ = cluster
+    first.sh("echo program > files/set-later && chmod 0777 files/set-later")
+    script = """
+os.setgid(1000)
+os.setuid(1000)
+file = os.open("set-later", os.O_WRONLY)
+os.write(file, b"x")
+open("opened", "w").close()
+while not os.path.exists("set"):
+    time.sleep(0.01)
+os.write(file, b"y")
+os.close(file)
+"""
+    first.sh("mkdir -m 1777 -p files/signs")
+    script = script.replace('"opened"', '"signs/opened"').replace('"set"', '"signs/set"')
+
+    def set_later() -> str:
+        return first.sh("""until [ -e files/signs/opened ]; do sleep 0.01; done
+            chmod 6777 files/set-later; stat -c %a files/set-later; touch files/signs/set""")
+
+    _, was = at_once(lambda: python(second, script), set_later)
+    assert was.split() == ["6777"]
+    assert {node.sh("stat -c %a files/set-later").strip() for node in cluster} == {"777"}
+    first.sh("rm -r files/signs")
+
+
+def test_a_value_lends_nothing(cluster: Cluster) -> None:
+    first, second, _ = cluster
+    first.sh("echo program > kv/lent && chmod 6755 kv/lent")
+    assert {node.sh("stat -c %a kv/lent").strip() for node in (first, second)} == {"755"}
+    first.sh("rm kv/lent")
