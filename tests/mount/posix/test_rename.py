@@ -1,6 +1,7 @@
 """rename(2) and renameat2(2)."""
 
 import os
+import select
 import stat
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from tests.mount.posix.calls import (
     renameat2,
     touch,
 )
+
+SAVES, ROUNDS = 600, 50
 
 
 def test_a_file_moves_within_and_between_directories(here: Path) -> None:
@@ -258,13 +261,20 @@ def test_a_name_that_is_replaced_all_the_time_always_has_its_attributes(here: Pa
 
     touch(path, data)
     save()
+    reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
+        failed = 1
         try:
-            for _ in range(600):
+            os.close(writer)
+            saved = 0
+            while saved < SAVES or not select.select([reader], [], [], 0)[0]:
                 save()
+                saved += 1
+            failed = 0
         finally:
-            os._exit(0)
+            os._exit(failed)
+    os.close(reader)
     calls = (
         lambda: os.stat(path),
         lambda: os.chmod(path, 0o640),
@@ -273,6 +283,12 @@ def test_a_name_that_is_replaced_all_the_time_always_has_its_attributes(here: Pa
         lambda: os.getxattr(path, "user.x"),
     )
     errors = set()
-    while os.waitpid(pid, os.WNOHANG)[0] == 0:
+    for _ in range(ROUNDS):
         errors |= {error(call) for call in calls}
+    os.close(writer)  # it goes on until now, however slow these calls were
+    ended = os.waitpid(pid, os.WNOHANG)
+    while ended[0] == 0:
+        errors |= {error(call) for call in calls}
+        ended = os.waitpid(pid, os.WNOHANG)
     assert errors == {""}
+    assert ended[1] == 0
