@@ -3,7 +3,6 @@
 import contextlib
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,8 @@ from tests.mount.clusters import Cluster, Node
 pytestmark = pytest.mark.mount
 KEPT_S = 1.0  # names and attributes in another host's kernel
 GRACE_S = 1.5  # and what two busy cores may add
+SOON_S = 30.0  # where a kernel must be told: it takes ms, but who tells may have to wait for a processor
+ORPHANS_S = SESSION_TTL_MS / 1000 + 30  # until those of a host that is gone have ended
 
 
 def at_once(*work: Any) -> list[Any]:
@@ -64,12 +65,14 @@ for line in sys.stdin:
 
 
 def until(condition: Any, seconds: float) -> float:
-    """Waits until it holds; how long that took."""
+    """Waits until it holds: a look that begins so late must find it, however long the look itself takes."""
     begun = time.monotonic()
-    while not condition():
-        assert time.monotonic() - begun < seconds, "in vain"
+    while True:
+        looked = time.monotonic() - begun
+        if condition():
+            return looked
+        assert looked < seconds, "in vain"
         time.sleep(0.02)
-    return time.monotonic() - begun
 
 
 # --- names ---
@@ -291,7 +294,7 @@ def steps():
 """) as step:  # fmt: skip
         assert step() == "b'aa'"
         first.sh("printf b | dd of=files/mapped conv=notrunc status=none")
-        until(lambda: step() == "b'ba'", KEPT_S + GRACE_S)
+        until(lambda: step() == "b'ba'", SOON_S)
         assert step() == "written"
         assert first.sh("head -c 3 files/mapped") == "bBa"
 
@@ -307,15 +310,17 @@ def test_times_and_modes_of_another_host_arrive(cluster: Cluster) -> None:
 # --- files without a name ---
 
 
-def inodes(node: Node) -> int:
-    """How many there are, orphans too."""
-    total, free = node.sh("stat -f -c '%c %d' files").split()
-    return int(total) - int(free)
+def orphans(node: Node) -> int:
+    """How many inodes have no name."""
+    told = node.sh("stat -f -c '%c %d' files; find files -xdev -printf '%i\\n' | sort -u | wc -l").split()
+    total, free, named = map(int, told)
+    return total - free - named
 
 
 @pytest.mark.parametrize("how", ["rm", "mv"])
 def test_a_file_open_elsewhere_is_read_and_written_after_its_name_went(cluster: Cluster, how: str) -> None:
     first, second, _ = cluster
+    until(lambda: orphans(first) == 0, ORPHANS_S)  # of other tests
     first.sh("rm -f files/open; head -c 100000 /dev/zero | tr '\\0' z > files/open; echo new > files/new")
     with holding(second, """
 def steps():
@@ -332,14 +337,14 @@ def steps():
         first.sh("rm files/open" if how == "rm" else "mv files/new files/open")
         time.sleep(5)
         assert eval(step()) == (100000, b"zzlatezz", 0)
-        there = inodes(first)
+        assert orphans(first) == 1
         assert step() == "closed"
-        until(lambda: inodes(first) == there - 1, 10)
+        until(lambda: orphans(first) == 0, ORPHANS_S)
 
 
 def test_what_a_killed_daemon_held_ends_with_its_session(cluster: Cluster) -> None:
     first, second, _ = cluster
-    there = inodes(first)
+    until(lambda: orphans(first) == 0, ORPHANS_S)  # of other tests
     first.sh("echo held > files/held")
     with holding(second, """
 def steps():
@@ -349,9 +354,9 @@ def steps():
         assert step() == "b'held\\n'"
         first.sh("rm files/held")
         time.sleep(4)
-        assert inodes(first) == there + 1
+        assert orphans(first) == 1
         second.kill()
-        until(lambda: inodes(first) == there, SESSION_TTL_MS / 1000 + 10)
+        until(lambda: orphans(first) == 0, ORPHANS_S)
 
 
 # --- git ---
@@ -438,7 +443,7 @@ def steps():
             "cd files/d && mv f g && echo more >> g && touch new && mv e x && mkdir x/y && rm -f ../gone"
         )
         after = (["g", "new", "x"], ["g", "new", "x/y"], 7, "1\nmore\n", b"1\n")
-        until(lambda: eval(step()) == after, KEPT_S + GRACE_S)
+        until(lambda: eval(step()) == after, SOON_S)
         for n in range(10):
             second.sh(f"touch files/d/{n}")
             assert str(n) in eval(step())[0]  # a listing, though the kernel does not ask for it
@@ -469,13 +474,12 @@ def steps():
 def test_mounts_that_make_and_remove_the_same_names_do_not_hang(cluster: Cluster) -> None:
     """Every kernel holds directory locks while its calls wait for the others, and must drop names there."""
     cluster.nodes[1].sh("mkdir files/churn")
-    stop = threading.Event()
     script = """
 import random
 end = time.monotonic() + 15
 random.seed(sys.argv[1])
 done = 0
-while time.monotonic() < end:
+while time.monotonic() < end or done <= 20:
     name = f'churn/{random.randrange(20)}'
     try:
         match random.randrange(5):
@@ -490,12 +494,11 @@ while time.monotonic() < end:
 print(done)
 """
     work = [
-        lambda n=node, k=k: int(python(n, script, str(n.number * 10 + k), timeout_s=60))
+        lambda n=node, k=k: int(python(n, script, str(n.number * 10 + k), timeout_s=90))
         for node in cluster
         for k in range(2)
     ]
     counts = at_once(*work)
-    stop.set()
     assert min(counts) > 20, counts
     listings = {node.sh("ls -l --time-style=full-iso files/churn | tail -n +2") for node in cluster}
     if len(listings) > 1:
@@ -510,7 +513,7 @@ REWRITES = """
 body = lambda n: (b"%09d" % n) * (1 + n % 7)
 end = time.monotonic() + 4
 n = 0
-while time.monotonic() < end:
+while time.monotonic() < end or n <= 100:
     n += 1
     fd = os.open("rewritten", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.write(fd, body(n))
@@ -521,7 +524,7 @@ READS = """
 body = lambda n: (b"%09d" % n) * (1 + n % 7)
 end = time.monotonic() + 4
 last = count = 0
-while time.monotonic() < end:
+while time.monotonic() < end or count <= 100:
     with open("rewritten", "rb", buffering=0) as file:
         found = file.read(4096)
     if not found:
