@@ -11,6 +11,7 @@ which ends the daemons first.
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,6 +32,11 @@ NAME: Final = "demo"
 COMMAND_S: Final = 60.0  # for the programs of ours: two cores may start many at once
 DYING_S: Final = 2.0  # for the threads of a killed daemon to end
 ANSWER_S: Final = 5.0  # of a daemon that is well, on its control socket
+# What a change of members or leaders may have to wait for, most of all on a busy machine.
+_NOT_NOW: Final = re.compile(
+    "has not caught up yet|is still fetching|did not take over|no leader now|not the leader"
+    "|leadership (changed|moves)"
+)
 
 
 class Ended(AssertionError):
@@ -88,6 +94,19 @@ class Node(Mount):
         done = self.run(str(BIN / "aspen"), *arguments, check=False)
         assert done.returncode not in (0, 2), (arguments, done)
         return done.stderr.decode()
+
+    def insist(self, *arguments: str) -> str:
+        """Runs `aspen`, again while it says that another thing must happen first; what it printed."""
+        said: list[str] = []
+
+        def is_done() -> bool:
+            done = self.run(str(BIN / "aspen"), *arguments, check=False)
+            said.append((done.stderr if done.returncode else done.stdout).decode())
+            assert not done.returncode or _NOT_NOW.search(said[-1]), said
+            return not done.returncode
+
+        assert wait_for(is_done, COMMAND_S), said
+        return said[-1]
 
     def call(self, method: str, *, timeout_s: float = ANSWER_S, **params: Any) -> Any:
         """A request on the control socket; its result. An AspenError if the daemon is not well."""
@@ -337,7 +356,10 @@ class Cluster:
         """The digest of each living node's state, all at the same applied index. They should be one."""
         end = time.monotonic() + seconds
         while True:
-            told = {node.number: node.call("state.digest", timeout_s=30) for node in self.living}
+            living = self.living
+            with ThreadPoolExecutor(len(self)) as pool:  # the log grows now and then, so all at once
+                answers = pool.map(lambda node: node.call("state.digest", timeout_s=30), living)
+                told = {node.number: answer for node, answer in zip(living, answers, strict=True)}
             if len({one["index"] for one in told.values()}) == 1:
                 return {number: one["digest"] for number, one in told.items()}
             assert time.monotonic() < end, f"no common index: {told}"

@@ -66,7 +66,7 @@ def test_ticket_is_good_for_one_node_and_says_later_for_which(cluster: Cluster, 
     stranger.join(ticket, "--learner")
     node = json.loads((stranger.state / "cluster.json").read_text())["node_id"]
     assert members(stranger)["n4"] == "learner"
-    assert "n4 (node" in cluster[2].aspen("member", "remove", str(node)).decode()
+    assert "n4 (node" in cluster[2].insist("member", "remove", str(node))
     wipe(stranger)
     assert f"node {node} has joined with this ticket" in refused_join(stranger, ticket)
     assert "n4" not in members(cluster[1])
@@ -162,21 +162,25 @@ def test_members_change_their_roles(cluster: Cluster, stranger: Node) -> None:
     stranger.join(cluster.ticket(), "--learner")
     assert stranger.sh("cat files/early/f kv/early") == "early\nearly\n"
     assert members(stranger)["n4"] == "learner"
-    assert stranger.aspen("member", "promote", "n4").decode().endswith("is a voter now\n")
+    assert stranger.insist("member", "promote", "n4").endswith("is a voter now\n")
     cluster.wait_healthy()
-    said = stranger.aspen("leader", "transfer", "n4").decode()
-    assert re.fullmatch(r"n4 \(node \d+\) leads now\n", said)
-    assert re.fullmatch(r"n[123] \(node \d+\) leads now\n", second.aspen("leader", "transfer").decode())
-    assert third.aspen("member", "demote", "n4").decode().endswith("is a learner now\n")
-    assert sorted(members(first).values()) == ["leader", "learner", "voter", "voter"]
-    third.aspen("member", "remove", "n4")
+
+    def goes_to_it_and_away() -> bool:
+        said = stranger.insist("leader", "transfer", "n4")
+        assert re.fullmatch(r"n4 \(node \d+\) leads now\n", said)
+        return bool(re.fullmatch(r"n[123] \(node \d+\) leads now\n", second.insist("leader", "transfer")))
+
+    cluster.wait_for(goes_to_it_and_away)  # at once, unless another has been elected in between
+    assert third.insist("member", "demote", "n4").endswith("is a learner now\n")
+    cluster.wait_for(lambda: sorted(members(first).values()) == ["leader", "learner", "voter", "voter"])
+    third.insist("member", "remove", "n4")
     cluster.wait_for(lambda: "was removed" in str((stranger.status() or {}).get("problems")))
 
 
 def test_member_that_was_removed_gets_nothing_any_more(cluster: Cluster, stranger: Node) -> None:
     first, second, _ = cluster
     stranger.join(cluster.ticket())
-    first.aspen("member", "remove", "n4")
+    first.insist("member", "remove", "n4")
     cluster.wait_for(lambda: "was removed" in str((stranger.status() or {}).get("problems")))
     stranger.kill()
     stranger.start("consistency=stale")  # what it has is its own; but it is no member
@@ -200,7 +204,7 @@ def test_node_whose_log_is_lost_is_refused_and_can_be_replaced(cluster: Cluster)
     assert "aspen member remove" in said
     shutil.rmtree(third.state)
     assert "holds no cluster" in third.start_refused()
-    first.aspen("member", "remove", "n3")
+    first.insist("member", "remove", "n3")
     third.join(cluster.ticket())
     assert third.sh("cat files/after-loss") == "kept\n"
 
