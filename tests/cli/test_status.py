@@ -31,7 +31,7 @@ def directory() -> Iterator[Path]:
 
 def status(directory: Path, *arguments: str, code: int) -> Result:
     runner = CliRunner()
-    result = runner.invoke(aspen, ["--state-dir", str(directory), "--timeout", "5", "status", *arguments])
+    result = runner.invoke(aspen, ["--state-dir", str(directory), "--timeout", "30", "status", *arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == code, result.output

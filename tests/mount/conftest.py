@@ -39,10 +39,16 @@ def shared_mount() -> Iterator[Mount]:
         mount.close()
 
 
+def deadline_s(request: pytest.FixtureRequest) -> float | None:
+    """Of the mount of a test that may take longer than others; None: the usual one."""
+    marker = request.node.get_closest_marker("timeout")
+    return None if marker is None else marker.args[0] - 10.0
+
+
 @pytest.fixture
-def mount(shared_mount: Mount) -> Iterator[Mount]:
+def mount(shared_mount: Mount, request: pytest.FixtureRequest) -> Iterator[Mount]:
     """The shared mount, with a deadline for this test, and healthy after it."""
-    shared_mount.extend()
+    shared_mount.extend(deadline_s(request))
     shared_mount.new_log()
     yield shared_mount
     shared_mount.rest()

@@ -27,6 +27,7 @@ from tests.mount.mounting import BIN, ROOT, Mount, alive, wait_for
 WORKERS: Final = 4
 JOURNAL_BYTES_MIN, JOURNAL_BYTES_MAX = 10_000, 200_000  # written by all workers before the kill
 WAIT_S: Final = 60.0
+ROUND_S: Final = 300.0
 
 
 class Round(NamedTuple):
@@ -59,7 +60,7 @@ class Torture:
     def round(self, end: signal.Signals = signal.SIGKILL) -> Round:
         """One round; with SIGTERM as its `end` the daemon ends by itself, in the middle of the same load."""
         self.number += 1
-        self.mount.extend()
+        self.mount.extend(ROUND_S)
         base = self.mount.base / f"round-{self.number}"
         base.mkdir()
         jobs = self._jobs(base)
@@ -136,15 +137,19 @@ class Torture:
         """Until the journals are so long, which is different in each round."""
         wanted = int(JOURNAL_BYTES_MIN * (JOURNAL_BYTES_MAX / JOURNAL_BYTES_MIN) ** self.rng.random())
 
-        def is_long_enough() -> bool:
-            size = 0
+        size = 0
+
+        def grows() -> bool:
+            nonlocal size
+            before, size = size, 0
             for job in jobs:
                 with contextlib.suppress(FileNotFoundError):
                     size += os.stat(job.journal).st_size
-            return size >= wanted or any(process.poll() is not None for process in processes)
+            return size > before or any(process.poll() is not None for process in processes)
 
-        if not wait_for(is_long_enough, WAIT_S):
-            raise Damaged(f"the load stands still in round {self.number}")
+        while size < wanted and all(process.poll() is None for process in processes):
+            if not wait_for(grows, WAIT_S):
+                raise Damaged(f"the load stands still in round {self.number}")
         for job, process in zip(jobs, processes, strict=True):
             if process.poll() is not None:
                 tail = Path(job.journal).read_text()[-800:]

@@ -1,6 +1,8 @@
 """Nodes that are started again at other addresses, while one that knows only the old ones is away."""
 
+import itertools
 import json
+import os
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -8,26 +10,27 @@ from typing import Any
 import pytest
 
 from tests.mount.clusters import Cluster, Node
-from tests.mount.networks import Network
+from tests.mount.networks import PORT, Network
 
 pytestmark = pytest.mark.mount
 
 
 class Ports(Network):
-    """All on this machine, each at a port of its own, which may change."""
+    """All on this machine, each at a port of its own, which may change. They are at an address that is this
+    process's alone: nobody takes one while its node is away."""
 
     def __init__(self, nodes: int) -> None:
+        self.host = socket.inet_ntoa((127 << 24 | 1 << 23 | os.getpid()).to_bytes(4, "big"))
         self.ports: dict[int, int] = {}
+        self.free = itertools.count(PORT)
         for node in range(1, nodes + 1):
             self.move(node)
 
     def move(self, node: int) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.ports[node] = probe.getsockname()[1]
+        self.ports[node] = next(self.free)
 
     def listen(self, node: int) -> str:
-        return f"127.0.0.1:{self.ports[node]}"
+        return f"{self.host}:{self.ports[node]}"
 
     def advertise(self, node: int) -> str:
         return self.listen(node)

@@ -25,7 +25,7 @@ while True:
 CLIENT = """
 import socket, sys
 host, port = sys.argv[1].rsplit(":", 1)
-connection = socket.create_connection((host, int(port)), timeout=5)
+connection = socket.create_connection((host, int(port)), timeout=60)
 for line in sys.stdin:
     connection.settimeout(float(line))
     try:
@@ -66,7 +66,7 @@ class Talk:
         assert process.stdout is not None
         return process.stdout.readline().strip()
 
-    def ask(self, patience_s: float = 10) -> str:
+    def ask(self, patience_s: float = 60) -> str:
         assert self.client.stdin is not None
         self.client.stdin.write(f"{patience_s}\n")
         self.client.stdin.flush()

@@ -251,6 +251,7 @@ def test_a_directory_can_be_emptied_while_it_is_read(here: Path) -> None:
     os.rmdir(here)
 
 
+@pytest.mark.timeout(400)  # half a minute on an idle machine
 def test_what_stays_in_100000_entries_is_listed_exactly_once(place: Place) -> None:
     """Between any two calls of getdents(2), entries before and behind the position come and go."""
     above, count = f"{place.path}/", 100_000 if place.is_aspen else 5_000
