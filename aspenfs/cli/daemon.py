@@ -123,7 +123,7 @@ class Node:
         assert isinstance(kv, KVTree)
         self.files = files
         files.begins_files = not options.sync
-        self.upkeep = Upkeep(files, self.volume, self.blobs)
+        self.upkeep = Upkeep(files, self.volume, self.blobs, self.store.short_of_room)
         self.origins = (self.volume, kv.origin)
         self.notifier = notifier = Notifier(
             lambda: [ROOT_INODE, *self.filesystem.known], lambda ino: self.filesystem.knows(ino)
@@ -185,7 +185,8 @@ class Node:
 
     def _usage(self) -> Usage:
         disk = os.statvfs(self.directory.path)
-        return Usage(disk.f_frsize, disk.f_blocks, disk.f_bavail, 0, 0)
+        free = disk.f_bavail if self.store.refusal is None else 0  # else it is for what deletes
+        return Usage(disk.f_frsize, disk.f_blocks, free, 0, 0)
 
     def status(self) -> Mapping[str, Any]:
         """What cluster/ and `aspen status` show."""

@@ -5,6 +5,7 @@ because after it nothing may be built upon what was written.
 """
 
 import logging
+from collections.abc import Callable
 from typing import Final
 
 import trio
@@ -29,8 +30,14 @@ TIDY_S: Final = 5.0  # for orphans at the end; the next start goes on with the o
 class Upkeep:
     """Runs beside a mount: `run` until cancelled, `tidy` when it is unmounted."""
 
-    def __init__(self, files: FilesTree, volume: Volume, blobs: BlobStore) -> None:
-        self.files, self.volume, self.blobs = files, volume, blobs
+    def __init__(
+        self,
+        files: FilesTree,
+        volume: Volume,
+        blobs: BlobStore,
+        short_of_room: Callable[[errors.NoSpace | None], object],
+    ) -> None:
+        self.files, self.volume, self.blobs, self.short_of_room = files, volume, blobs, short_of_room
         self._period_began = 0.0
         self._to_compact = True
         self._reaping = False
@@ -78,10 +85,15 @@ class Upkeep:
 
     async def _compact_blobs(self) -> None:
         """Gives back the space of deleted blobs; after NoSpace again in the next round."""
-        for step in self.blobs.collect():
-            if step.needs_sync:
-                await trio.to_thread.run_sync(self.blobs.sync)
-            await trio.lowlevel.checkpoint()
+        try:
+            for step in self.blobs.collect():
+                if step.needs_sync:
+                    await trio.to_thread.run_sync(self.blobs.sync)
+                await trio.lowlevel.checkpoint()
+        except errors.NoSpace as error:
+            self.short_of_room(error)
+            raise
+        self.short_of_room(None)
         self._to_compact = False
 
     def _find_garbage(self) -> None:

@@ -66,6 +66,7 @@ class HostBase:
         self._failed = trio.Event()
         self._room = trio.Event()  # replaced after each use
         self._stall: NoSpace | None = None  # why nothing is applied
+        self._short: NoSpace | None = None  # why no space is given back
         self._refusal: NoSpace | None = None  # what writers get until the reserve is back
         self._unsynced_bytes = 0  # in the log since a sync was last asked for on their account
         self._to_settle: deque[int] = deque()
@@ -185,9 +186,17 @@ class HostBase:
                 logger.warning("revision=%d reserve given up bytes=%d", self.engine.revision, given_up)
             self._refusal = reason
 
+    def short_of_room(self, reason: NoSpace | None) -> None:
+        """What gives space back needs some itself; None: not any more, or it has got it."""
+        self._short = reason
+        if reason is not None:
+            self._give_up_reserve(reason)
+
     def _take_reserve(self) -> None:
         reserve = self._reserve
-        if reserve is None or self._stall is not None or (reserve.whole and self._refusal is None):
+        if reserve is None or (reserve.whole and self._refusal is None):
+            return
+        if self._stall is not None or self._short is not None:
             return
         if reserve.take():
             if self._refusal is not None:

@@ -2,9 +2,10 @@
 
 Then only deleting helps, and deleting needs space first: the bytes of a blob may go when no restart
 evaluates what named them, so when the state has grown past that; and a log that cannot be applied
-is not trimmed. So a file of allocated blocks lies beside the state. When the state finds no room
-the file gives its blocks up, writers are refused, and what deletes goes on; when there is space
-again, the file takes its blocks back first.
+is not trimmed; and the chunks of a segment that are still needed move elsewhere before it goes. So a
+file of allocated blocks lies beside the state. When what deletes finds no room the file gives its blocks
+up, and writers are refused; when there is space again, the file takes its blocks back first. Most of
+them: else writers would have what was given up for deleting, and the next time there were none.
 
 Belongs here: the file. Not here: when it is given up, and who is refused until it is back (`host.py`).
 """
@@ -16,7 +17,7 @@ from aspenfs.limits import MIB, RESERVE_BYTES
 
 FILE_NAME = "reserve"
 _DISK_SHARE = 8  # of a small disk not more than one in so many bytes
-_LEAST_SHARE = 4  # of the whole: with so much, writers are served again
+_LEAST_SHARE = 3, 4  # of the whole: with so much, writers are served again
 
 
 class Reserve:
@@ -32,7 +33,7 @@ class Reserve:
         status = os.statvfs(self._path.parent)
         total, free = status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize
         target = min(self._bytes_max, total // _DISK_SHARE)
-        least = target // _LEAST_SHARE
+        least = target * _LEAST_SHARE[0] // _LEAST_SHARE[1]
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             held = os.fstat(descriptor).st_size

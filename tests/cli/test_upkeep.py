@@ -34,6 +34,9 @@ async def orphans(setup: Setup, count: int) -> None:
     setup.tree.orphans.recover()
 
 
+def nothing(_: errors.NoSpace | None) -> None: ...
+
+
 def failing(setup: Setup, failures: list[Exception]) -> None:
     """Ending an orphan fails so often."""
     release = setup.tree.content.release_operations
@@ -68,7 +71,7 @@ def test_no_failure_of_upkeep_ends_it(blobs: BlobStore, error: Exception) -> Non
         setup = Setup()
         await setup.volume.format()
         await orphans(setup, 1)
-        upkeep = Upkeep(setup.tree, setup.volume, blobs)
+        upkeep = Upkeep(setup.tree, setup.volume, blobs, nothing)
         failures = [error]
         failing(setup, failures)
         with trio.move_on_after(2 * AFTER_FAILURE_S):
@@ -89,16 +92,17 @@ def test_a_sync_that_failed_is_passed_on(blobs: BlobStore) -> None:
 
         blobs.collect = collect  # type: ignore[method-assign,assignment]
         with pytest.raises(errors.SyncFailed):
-            await Upkeep(setup.tree, setup.volume, blobs).run()
+            await Upkeep(setup.tree, setup.volume, blobs, nothing).run()
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
-def test_compaction_that_found_no_room_is_tried_again(blobs: BlobStore) -> None:
+def test_compaction_that_found_no_room_says_so_and_is_tried_again(blobs: BlobStore) -> None:
     async def main() -> None:
         setup = Setup()
         await setup.volume.format()
         calls = 0
+        told: list[errors.NoSpace | None] = []
 
         def collect() -> Iterator[CollectStep]:
             nonlocal calls
@@ -109,8 +113,9 @@ def test_compaction_that_found_no_room_is_tried_again(blobs: BlobStore) -> None:
 
         blobs.collect = collect  # type: ignore[method-assign,assignment]
         with trio.move_on_after(60):
-            await Upkeep(setup.tree, setup.volume, blobs).run()
+            await Upkeep(setup.tree, setup.volume, blobs, told.append).run()
         assert calls == 2
+        assert list(map(str, told)) == ["full", "None"]
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
@@ -125,7 +130,7 @@ def test_garbage_of_earlier_lives_and_beyond_memory_is_collected(blobs: BlobStor
         setup.volume.unreferenced.clear()  # as after a restart
         setup.volume.garbage_max = 7
         with trio.move_on_after(120):
-            await Upkeep(setup.tree, setup.volume, blobs).run()
+            await Upkeep(setup.tree, setup.volume, blobs, nothing).run()
         assert setup.blobs.chunks == {}
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
@@ -137,7 +142,7 @@ def test_a_full_disk_at_the_end_is_left_to_the_next_start(blobs: BlobStore) -> N
         await setup.volume.format()
         await orphans(setup, 1)
         failing(setup, [errors.NoSpace("full")])
-        await Upkeep(setup.tree, setup.volume, blobs).tidy()
+        await Upkeep(setup.tree, setup.volume, blobs, nothing).tidy()
         assert len(setup.tree.orphans.doomed) == 1
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))

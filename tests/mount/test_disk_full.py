@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -148,6 +149,23 @@ def test_full_disk_refuses_writers_serves_readers_and_recovers_by_deleting_files
     assert_intact(there)
     assert_clean(small)
     assert_intact(there)
+
+
+@pytest.mark.timeout(300)
+def test_a_disk_that_is_filled_whenever_there_is_room_recovers_by_deleting_files(small: Mount) -> None:
+    """What was written in part is collected while the disk is full, and whoever waits for it writes again:
+    never so much that deleting files would no longer help."""
+    files = small.mountpoint / "files"
+    there: dict[Path, int] = {}
+    for turn in range(4):
+        small.extend()
+        there |= fill(files, first=turn * 1000)
+        time.sleep(4)  # two rounds of housekeeping
+    delete_most(there)
+    until_it_writes(files / f"{CHUNK}-7000", content(7000))
+    assert_lives(small)
+    assert_intact(there)
+    assert_clean(small)
 
 
 def test_space_freed_outside_makes_writes_work_again(small: Mount, disk: Path) -> None:

@@ -9,7 +9,7 @@ import trio
 
 from aspenfs.errors import NoSpace
 from aspenfs.kv.types import delete, put
-from aspenfs.limits import MIB
+from aspenfs.limits import MIB, SYNC_INTERVAL_MS
 from aspenfs.runtime.host import NodeStore
 from aspenfs.runtime.reserve import FILE_NAME, Reserve
 from tests.kv.subject import FakeClock, FakeEntropy
@@ -43,6 +43,50 @@ def test_reserve_of_an_earlier_life_is_kept(tmp_path: Path) -> None:
 
 def test_giving_up_what_was_never_taken_is_nothing(tmp_path: Path) -> None:
     assert Reserve(tmp_path).give_up() == 0
+
+
+def test_what_was_given_up_is_not_for_those_who_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks that it has given up look like space again."""
+    free = 1 << 30
+    status = os.statvfs(tmp_path)
+
+    def statvfs(path: object) -> os.statvfs_result:
+        blocks = (1 << 30) // status.f_frsize, free // status.f_frsize
+        return os.statvfs_result((*status[:1], status.f_frsize, blocks[0], blocks[1], blocks[1], *status[5:]))
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    reserve = Reserve(tmp_path, 8 * MIB)
+    assert reserve.take()
+    assert reserve.give_up() == 8 * MIB
+    free = 6 * MIB  # something was written meanwhile
+    assert not reserve.take()
+    assert not blocks(tmp_path)
+    free = 8 * MIB
+    assert reserve.take()
+    assert blocks(tmp_path) == 6 * MIB
+
+
+def test_who_gives_space_back_may_have_the_reserve_until_that_is_done(tmp_path: Path) -> None:
+    async def test() -> None:
+        store = NodeStore.open(
+            tmp_path, FakeClock(), FakeEntropy(), segment_bytes=1 << 20, reserve=Reserve(tmp_path, 4 * MIB)
+        )
+        async with running(store):
+            assert blocks(tmp_path) >= 4 * MIB
+            store.short_of_room(NoSpace("no room to move to"))
+            assert blocks(tmp_path) == 0
+            await trio.sleep(5 * SYNC_INTERVAL_MS / 1000)  # several looks at it
+            assert blocks(tmp_path) == 0
+            with pytest.raises(NoSpace, match="no room to move to"):
+                await store.txn([], [put(b"f/b", b"")])
+            store.short_of_room(None)
+            await until_it_accepts(store)
+            assert blocks(tmp_path) >= 4 * MIB
+        store.close()
+
+    trio.run(test)
 
 
 def test_a_full_state_gives_up_the_reserve_and_refuses_writers_until_it_is_back(

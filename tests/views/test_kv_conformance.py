@@ -7,7 +7,13 @@ from tests.views.subject import KVSetup
 
 
 class TestKVTree(WritableTree):
-    can = Capabilities(hard_links=False, special_files=False, file_bytes_max=VALUE_BYTES_MAX, odd_names=())
+    can = Capabilities(
+        hard_links=False,
+        special_files=False,
+        file_bytes_max=VALUE_BYTES_MAX,
+        lends_identity=False,
+        odd_names=(),
+    )
 
     async def open_tree(self) -> Tree:
         return KVSetup().tree
