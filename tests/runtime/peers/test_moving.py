@@ -1,6 +1,8 @@
 """Nodes that move: who was away finds them again, as soon as they, who know where it is, come to it."""
 
 import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -23,10 +25,15 @@ from tests.runtime.peers.nodes import (
 )
 
 
-def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+@pytest.fixture
+def places() -> Iterator[list[str]]:
+    """Free addresses: bound, so that nobody else gets them meanwhile; who listens there may do so."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(5)]
+        for probe in probes:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", 0))
+        yield [f"127.0.0.1:{probe.getsockname()[1]}" for probe in probes]
 
 
 class Host:
@@ -53,10 +60,12 @@ def _shown(directory: Path, count: int) -> dict[int, Credentials]:
 
 
 @in_trio
-async def test_who_was_away_while_all_others_moved_finds_them_again(tmp_path: Path) -> None:
+async def test_who_was_away_while_all_others_moved_finds_them_again(
+    tmp_path: Path, places: list[str]
+) -> None:
     shown = _shown(tmp_path, 3)
-    old = {number: free_address() for number in shown}
-    new = {1: free_address(), 2: free_address(), 3: old[3]}
+    old = dict(zip(shown, places, strict=False))
+    new = {1: places[3], 2: places[4], 3: old[3]}
     stale = {number: _row(shown[number], old[number]) for number in shown}
     fresh = {number: _row(shown[number], new[number], topology=2 if number < 3 else 1) for number in shown}
     async with trio.open_nursery() as nursery:
@@ -76,11 +85,13 @@ async def test_who_was_away_while_all_others_moved_finds_them_again(tmp_path: Pa
 
 
 @in_trio
-async def test_two_that_move_at_once_find_each_other_by_way_of_nobody_but_themselves(tmp_path: Path) -> None:
+async def test_two_that_move_at_once_find_each_other_by_way_of_nobody_but_themselves(
+    tmp_path: Path, places: list[str]
+) -> None:
     """No majority could have written their rows before: they agree on nothing until they are connected."""
     shown = _shown(tmp_path, 3)
-    old = {number: free_address() for number in shown}
-    new = {1: free_address(), 2: free_address(), 3: old[3]}
+    old = dict(zip(shown, places, strict=False))
+    new = {1: places[3], 2: places[4], 3: old[3]}
     stale = {number: _row(shown[number], old[number]) for number in shown}
     async with trio.open_nursery() as nursery:
         nodes = [await Host(shown[number], new[number], stale, 2).start(nursery) for number in shown]
@@ -91,9 +102,9 @@ async def test_two_that_move_at_once_find_each_other_by_way_of_nobody_but_themse
 
 
 @in_trio
-async def test_the_table_counts_when_it_knows_of_a_later_move(tmp_path: Path) -> None:
+async def test_the_table_counts_when_it_knows_of_a_later_move(tmp_path: Path, places: list[str]) -> None:
     shown = _shown(tmp_path, 2)
-    addresses = {number: free_address() for number in shown}
+    addresses = dict(zip(shown, places, strict=False))
     table = {number: _row(shown[number], addresses[number]) for number in shown}
     async with trio.open_nursery() as nursery:
         one = await Host(shown[1], addresses[1], table, 3).start(nursery)
@@ -111,9 +122,9 @@ async def test_the_table_counts_when_it_knows_of_a_later_move(tmp_path: Path) ->
 
 
 @in_trio
-async def test_what_is_no_address_is_passed_over(tmp_path: Path) -> None:
+async def test_what_is_no_address_is_passed_over(tmp_path: Path, places: list[str]) -> None:
     shown = _shown(tmp_path, 2)
-    addresses = {number: free_address() for number in shown}
+    addresses = dict(zip(shown, places, strict=False))
     table = {number: _row(shown[number], addresses[number]) for number in shown}
     async with trio.open_nursery() as nursery:
         one = await Host(shown[1], addresses[1], table, 1).start(nursery)
