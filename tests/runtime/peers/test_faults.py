@@ -41,7 +41,7 @@ async def test_a_peer_that_vanishes_without_a_word_is_noticed_and_found_again(tm
         proxy.cut()
         began = trio.current_time()
         await until(lambda: not one.network.connected())
-        assert trio.current_time() - began < PEER_IDLE_MS / 1000 + 2
+        assert trio.current_time() - began < PEER_IDLE_MS / 1000 + 10
         error = one.network.peer_error(2)
         assert error is not None
         assert "nothing was heard" in error.cause
@@ -73,7 +73,8 @@ async def test_messages_survive_a_short_partition(tmp_path: Path) -> None:
         sent = [message(2, 1, commit=number) for number in range(100)]
         for each in sent:
             one.network.send(2, each)
-            await trio.sleep(0.002)
+            if each.commit % 10 == 0:
+                await trio.sleep(0.01)
         assert two.received == []
         proxy.heal()
         await until(lambda: len(two.received) == 100)
@@ -110,7 +111,7 @@ async def test_requests_are_answered_or_fail_on_a_network_that_resets(tmp_path: 
                     outcomes["answered"] += 1
                 except errors.PeerUnreachable:
                     outcomes["failed"] += 1
-                    await trio.sleep(0.02)
+                    await until(lambda: one.network.connected() == {2})
 
         async with trio.open_nursery() as nursery:
             for kind in ("echo", "blob.echo") * 4:
@@ -154,20 +155,21 @@ def test_a_proxy_in_a_thread_carries_holds_and_cuts() -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as target,
         running_proxy(*target.getsockname()) as proxy,
-        socket.create_connection(("127.0.0.1", proxy.port), timeout=5) as near,
+        socket.create_connection(("127.0.0.1", proxy.port), timeout=20) as near,
         target.accept()[0] as far,
     ):
-        far.settimeout(0.1)
+        far.settimeout(20)
         near.sendall(b"one")
         assert far.recv(10) == b"one"
         proxy.call(proxy.there.hold)
         near.sendall(b"two")
+        far.settimeout(0.1)
         with pytest.raises(TimeoutError):
             far.recv(10)
         far.sendall(b"back")
         assert near.recv(10) == b"back"
         proxy.call(proxy.heal)
-        far.settimeout(5)
+        far.settimeout(20)
         assert far.recv(10) == b"two"
         proxy.back.delay_s = 0.2
         began = time.monotonic()
