@@ -83,7 +83,8 @@ async def taken(backup: OnlineBackup, meanwhile: Callable[[dict[str, Any]], Awai
     return b"".join(parts), result
 
 
-def on_a_node(directory: Path, test: Callable[[Node], Awaitable[None]]) -> None:
+def on_a_node(directory: Path, test: Callable[[Node], Awaitable[None]],
+              clock: trio.abc.Clock | None = None) -> None:  # fmt: skip
     """Runs `test` on a filled node in `directory`."""
 
     async def main() -> None:
@@ -95,7 +96,7 @@ def on_a_node(directory: Path, test: Callable[[Node], Awaitable[None]]) -> None:
             node.close()
 
     directory.mkdir(exist_ok=True)
-    trio.run(main)
+    trio.run(main, clock=clock)
 
 
 def a_backup(directory: Path) -> bytes:

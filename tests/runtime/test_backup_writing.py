@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from aspenfs import errors
 from aspenfs.blobs.cache import ChunkCache
@@ -14,6 +15,7 @@ from aspenfs.filesystem import layout
 from aspenfs.kv import rows
 from aspenfs.kv.machine import state_hash
 from aspenfs.kv.types import put
+from aspenfs.limits import SNAPSHOT_AGE_MAX_S
 from aspenfs.runtime.backup.format import Kind, Reader
 from aspenfs.runtime.backup.reading import Progress, read
 from aspenfs.runtime.control_command import Call
@@ -107,24 +109,29 @@ def test_there_is_one_at_a_time_and_one_that_is_cancelled_holds_nothing_back(tmp
     on_a_node(tmp_path, test)
 
 
-def test_who_takes_the_rows_too_slowly_gets_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aspenfs.runtime.backup.writing.SNAPSHOT_AGE_MAX_S", 0.05)
+def test_who_takes_the_rows_too_slowly_gets_an_error(tmp_path: Path) -> None:
+    clock = trio.testing.MockClock()
 
     async def test(node: Node) -> None:
         async def meanwhile(item: dict[str, Any]) -> None:
+            clock.jump(SNAPSHOT_AGE_MAX_S)
             await trio.sleep_forever()
 
         with pytest.raises(errors.Overloaded, match="faster disk"):
             await taken(backup_of(node, tmp_path), meanwhile)
         assert node.store._state._environment._snapshots == 0
+        late: list[bool] = []
 
         async def slowly_later(item: dict[str, Any]) -> None:
             if item["blobs_total"]:  # the rows are through: no snapshot waits any more
-                await trio.sleep(0.06)
+                clock.jump(SNAPSHOT_AGE_MAX_S)
+                await trio.lowlevel.checkpoint()
+                late.append(True)
 
         await taken(backup_of(node, tmp_path), slowly_later)
+        assert late
 
-    on_a_node(tmp_path, test)
+    on_a_node(tmp_path, test, clock)
 
 
 def damage(node: Node, directory: Path, data: bytes) -> bytes:

@@ -12,6 +12,7 @@ from aspenfs.errors import Closed, Corrupt, NoSpace, PeerUnreachable
 from aspenfs.kv.machine import state_hash
 from aspenfs.runtime import swap
 from aspenfs.runtime.disk import RealDisk
+from aspenfs.runtime.snapshots import client
 from aspenfs.runtime.snapshots.client import Fetched, Progress, SnapshotClient
 from aspenfs.runtime.snapshots.server import SnapshotServer
 from aspenfs.runtime.statedb import StateDb
@@ -21,6 +22,13 @@ from tests.runtime.snapshot_wire import META, Wire, filled, items, record
 US, LEADER, OTHER = 1, 2, 3
 BLOCK_BYTES = 16_384
 PLENTY = 1 << 40
+NEVER_S = 1_000.0
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sender is told that it need not keep a state, also on a busy machine."""
+    monkeypatch.setattr(client, "_CLOSE_SECONDS", NEVER_S)
 
 
 class Nodes:
@@ -37,9 +45,14 @@ class Nodes:
         self.leader = LEADER
         self.ours = place / "ours"
         self.ours.mkdir()
-        self.client = SnapshotClient(
-            self.wire.end(US), self.ours, block_bytes=BLOCK_BYTES, resume_s=0.2, pause_s=0.01)  # fmt: skip
+        self.gives_up_after(NEVER_S)
         self.seen: list[Progress] = []
+
+    def gives_up_after(self, resume_s: float) -> None:
+        """A sender that does not answer for so long."""
+        self.client = SnapshotClient(
+            self.wire.end(US), self.ours, block_bytes=BLOCK_BYTES, resume_s=resume_s, pause_s=0.01
+        )
 
     async def fetch(self, min_index: int = 90) -> Fetched:
         with trio.fail_after(60):
@@ -163,6 +176,7 @@ def test_when_the_sender_dies_the_new_leader_is_asked(tmp_path: Path) -> None:
                 raise PeerUnreachable("dead")
 
         nodes.wire.cut = cut
+        nodes.gives_up_after(0.2)
         nodes.expect(await nodes.fetch(), OTHER, 120)
         assert {progress.source for progress in nodes.seen} == {LEADER, OTHER}
 
