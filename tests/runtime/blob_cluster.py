@@ -12,7 +12,7 @@ import trio
 import trio.testing
 
 from aspenfs import errors
-from aspenfs.blobs.format import digest_of, prefix_of
+from aspenfs.blobs.format import digest_of, prefix_of, record_size
 from aspenfs.blobs.store import BlobStore
 from aspenfs.cluster.types import Configuration, NodeId
 from aspenfs.filesystem.layout import BLOB_PREFIX
@@ -272,6 +272,16 @@ async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     with trio.fail_after(seconds):
         while not condition():  # noqa: ASYNC110 – it is about many things that tell nobody
             await trio.sleep(0.01)
+
+
+def on_disk(blobs: BlobStore, data: bytes) -> bool:
+    """Would it be there after the power failed now?"""
+    segments = blobs._segments.segments
+    return any(
+        location >> 32 in segments
+        and segments[location >> 32].synced >= (location & 0xFFFFFFFF) + record_size(len(data))
+        for location in blobs._index.find(prefix_of(digest_of(data)))
+    )
 
 
 def damage(node: Node, data: bytes) -> None:

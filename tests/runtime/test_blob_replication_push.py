@@ -4,29 +4,19 @@ import pytest
 import trio
 
 from aspenfs import errors
-from aspenfs.blobs.format import digest_of, prefix_of, record_size
+from aspenfs.blobs.format import digest_of
 from aspenfs.cluster.types import Configuration
 from aspenfs.limits import BLOB_PIN_S, BLOB_PUSH_BYTES_MAX, BLOB_PUSH_QUEUE_MAX, MIB, PROPOSAL_TIMEOUT_MS
 from aspenfs.runtime.blob_replication import wire
 from aspenfs.runtime.blob_replication.push import RENEW_S, has_majority
 from tests.filesystem.volumes import CALLER
-from tests.runtime.blob_cluster import Cluster, Node, chunk, cluster, damage, run, until
+from tests.runtime.blob_cluster import Cluster, chunk, cluster, damage, on_disk, run, until
 
 TIMEOUT_S = PROPOSAL_TIMEOUT_MS / 1000
 
 
-def on_disk(node: Node, data: bytes) -> bool:
-    """Would it be there after the power failed now?"""
-    segments = node.blobs._segments.segments
-    return any(
-        location >> 32 in segments
-        and segments[location >> 32].synced >= (location & 0xFFFFFFFF) + record_size(len(data))
-        for location in node.blobs._index.find(prefix_of(digest_of(data)))
-    )
-
-
 def holders(nodes: Cluster, data: bytes) -> set[int]:
-    return {number for number, node in nodes.nodes.items() if on_disk(node, data)}
+    return {number for number, node in nodes.nodes.items() if on_disk(node.blobs, data)}
 
 
 def test_a_majority_of_each_half_is_what_counts() -> None:
@@ -220,7 +210,7 @@ def test_a_receiver_takes_no_bytes_that_are_not_those_of_the_digest() -> None:
             )
             assert not nodes[2].has(chunk(1))
             assert not nodes[2].has(chunk(2))
-            assert on_disk(nodes[2], chunk(3))
+            assert on_disk(nodes[2].blobs, chunk(3))
 
     run(test)
 
