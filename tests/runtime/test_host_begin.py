@@ -7,7 +7,7 @@ import trio
 
 from aspenfs.kv.types import TxnResult, absent, put
 from aspenfs.runtime.host import NodeStore
-from tests.runtime.store_cluster import StoreCluster, store_cluster, until
+from tests.runtime.store_cluster import SECONDS_MAX, StoreCluster, store_cluster, until
 
 
 async def quiet(cluster: StoreCluster) -> NodeStore:
@@ -50,7 +50,7 @@ def test_only_the_leader_begins_and_nothing_of_others_may_be_under_way(tmp_path:
             async with trio.open_nursery() as nursery:
                 for number in range(50):
                     nursery.start_soon(other.txn, [], [put(b"k/%d" % number, b"")])
-                with trio.fail_after(5):
+                with trio.fail_after(SECONDS_MAX):
                     while replica.raft.last_index == leader.revision and not replica._foreign_queued:
                         await trio.lowlevel.checkpoint()
                 assert leader.begin([], [put(b"k/y", b"")]) is None

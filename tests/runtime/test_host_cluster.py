@@ -9,9 +9,12 @@ from aspenfs import errors
 from aspenfs.cluster.membership import ChangeKind
 from aspenfs.kv import commands, types
 from aspenfs.kv.types import absent, append, merge, put
+from aspenfs.limits import PROPOSAL_TIMEOUT_MS
 from aspenfs.runtime.host import NodeStore
 from tests.runtime.host_driver import hash_of
-from tests.runtime.store_cluster import store_cluster, until
+from tests.runtime.store_cluster import SECONDS_MAX, store_cluster, until
+
+BOUND_S = PROPOSAL_TIMEOUT_MS / 1000 - 1  # sooner than by the setting that it replaces
 
 
 def followers(cluster: object) -> list[NodeStore]:
@@ -110,18 +113,20 @@ def test_without_majority_calls_fail_after_a_bounded_time_and_stale_reads_go_on(
         async with store_cluster(tmp_path) as cluster:
             store = followers(cluster)[0]
             await store.txn([], [put(b"k/a", b"1")])
-            store._replica._settings = store._replica._settings._replace(timeout_ns=10**9)
+            settings = store._replica._settings
+            store._replica._settings = settings._replace(timeout_ns=10**9)
             cluster.isolate(store.node_id)
-            with trio.fail_after(5), pytest.raises(errors.NoQuorum):
+            with trio.fail_after(BOUND_S), pytest.raises(errors.NoQuorum):
                 await store.txn([], [put(b"k/a", b"2")])
-            with trio.fail_after(5), pytest.raises(errors.NoQuorum):
+            with trio.fail_after(BOUND_S), pytest.raises(errors.NoQuorum):
                 await store.barrier()
+            store._replica._settings = settings  # on a busy machine a second is soon over
             assert store.get(b"k/a") is not None
             others = [other for other in cluster.stores.values() if other is not store]
-            with trio.fail_after(5):
+            with trio.fail_after(SECONDS_MAX):
                 await others[0].txn([], [put(b"k/b", b"1")])
             cluster.cut.clear()
-            with trio.fail_after(5):
+            with trio.fail_after(SECONDS_MAX):
                 await store.barrier()
             assert store.get(b"k/b") is not None
 
@@ -168,7 +173,7 @@ def test_a_node_that_meets_what_a_newer_release_wrote_stops_and_says_so(tmp_path
             command, _ = newer.engine.txn_command([], [put(b"k/a", b"new")])
             unknown = commands.encode(command._replace(body=((), [(types.UPDATE + 1, b"k/a", b"new")], ())))
             await newer.consensus.propose(command, unknown, None)
-            await trio.sleep(10)  # the node's task ends it
+            await trio.sleep(100)  # the node's task ends it
 
     with pytest.raises(BaseExceptionGroup) as raised:
         trio.run(main)

@@ -21,7 +21,7 @@ def test_after_a_failed_sync_every_call_raises_and_run_ends(tmp_path: Path) -> N
     disk = SimDisk()
 
     async def main() -> None:
-        store = open_store(tmp_path, disk=disk)
+        store = open_store(tmp_path, disk=disk, background=False)  # the only syncs are those of commits
         with pytest.raises(errors.SyncFailed):  # noqa: PT012 – what `run` raises comes at the end of the block
             async with running(store):
                 await store.txn([], [put(b"f/a", b"1")])

@@ -177,6 +177,13 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> list[Noted]:
     return made
 
 
+@pytest.fixture
+def no_chores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody asks for a sync but the test, however slow the machine is."""
+    monkeypatch.setattr(host, "SYNC_INTERVAL_MS", 1_000_000)
+
+
+@pytest.mark.usefixtures("no_chores")
 def test_the_thread_is_there_for_what_the_hooks_have_to_do(tmp_path: Path, noted: list[Noted]) -> None:
     due, ran = [False], []
 
@@ -332,6 +339,7 @@ def test_what_was_asked_for_before_a_store_runs_is_done_then(tmp_path: Path) -> 
     trio.run(main)
 
 
+@pytest.mark.usefixtures("no_chores")
 def test_a_sync_that_somebody_else_makes_is_waited_for_by_the_thread(tmp_path: Path) -> None:
     """As when a state is put in place of another one: that syncs the log from a thread of its own."""
     in_sync, go_on = threading.Event(), threading.Event()

@@ -86,7 +86,7 @@ def test_beginning_again_lets_the_loop_go_on(monkeypatch: pytest.MonkeyPatch) ->
 
     began = time.monotonic()
     trio.run(steps.run, work)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10, "the loop waited for a turn that had ended"
     assert seen == sorted(seen)
     assert len(set(seen)) > 5, "the loop makes steps between turns"
 

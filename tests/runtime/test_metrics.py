@@ -21,7 +21,7 @@ def with_server(ask: Callable[[int], None]) -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             port = await nursery.start(partial(metrics.serve, "127.0.0.1:0", lambda: TEXT))
-            with trio.fail_after(10):
+            with trio.fail_after(60):
                 await trio.to_thread.run_sync(ask, port)
             nursery.cancel_scope.cancel()
 
@@ -29,7 +29,7 @@ def with_server(ask: Callable[[int], None]) -> None:
 
 
 def raw(port: int, request: bytes) -> bytes:
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         answer = b""
         try:
             connection.sendall(request)
@@ -44,7 +44,7 @@ def raw(port: int, request: bytes) -> bytes:
 
 def test_a_scraper_gets_the_text_again_and_again_on_one_connection() -> None:
     def ask(port: int) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
         for _ in range(3):
             connection.request("GET", "/metrics")
             answer = connection.getresponse()
