@@ -157,6 +157,7 @@ def test_an_applier_that_fails_in_its_turn_lets_the_loop_go_on(
             async with running(store):
                 await store.txn([], [put(b"k", b"1")])
                 await until(lambda: store.status()["state"] == "failed")
+        store.close()
 
     began = time.monotonic()
     trio.run(main)

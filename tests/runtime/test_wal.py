@@ -268,6 +268,7 @@ def test_segment_size_may_change_between_openings() -> None:
 @pytest.mark.parametrize("real", [False, True])
 def test_appends_syncs_and_trims_go_on_beside_each_other(real: bool, tmp_path: Path) -> None:
     disk = RealDisk(tmp_path) if real else SimDisk()
+    others = threading.enumerate()  # what another test has left behind is not judged here
     wal = Wal.open(disk, "wal", CLUSTER, segment_bytes=64 << 10)
     total, failures = 4000, []
     finished = threading.Event()
@@ -302,7 +303,7 @@ def test_appends_syncs_and_trims_go_on_beside_each_other(real: bool, tmp_path: P
         assert frame.index == index
         assert frame.payload == index.to_bytes(4, "big") * 75
     wal.close()
-    assert "wal-segments" not in {thread.name for thread in threading.enumerate()}
+    assert "wal-segments" not in {thread.name for thread in threading.enumerate() if thread not in others}
 
 
 def test_verify_reports_segments_and_what_is_not_known_to_be_synced() -> None:
