@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import trio
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aspenfs import errors
@@ -20,8 +20,6 @@ from aspenfs.runtime.blob_replication.durable import GroupSync
 from aspenfs.runtime.blob_replication.pins import Pins
 from tests.filesystem.volumes import CALLER, Setup
 from tests.filesystem.volumes import run as run_on_volume
-
-EXAMPLES = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine
 
 SECOND = 10**9
 
@@ -153,7 +151,6 @@ READERS: list[Callable[[Any], object]] = [
 ]
 
 
-@EXAMPLES
 @given(st.sampled_from(READERS), ANYTHING)
 def test_bodies_of_any_form_are_taken_or_refused(reader: Callable[[Any], object], body: Any) -> None:
     with contextlib.suppress(errors.ProtocolError):

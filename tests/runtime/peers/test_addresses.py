@@ -4,7 +4,7 @@ import socket
 
 import pytest
 import trio
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aspenfs.errors import InvalidArgument, PeerUnreachable
@@ -12,8 +12,6 @@ from aspenfs.limits import PEER_ADDRESSES_MAX, PEER_PORT
 from aspenfs.runtime.peers import addresses
 from aspenfs.runtime.peers.addresses import Address
 from tests.runtime.peers.nodes import in_trio
-
-EXAMPLES = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine
 
 
 @pytest.mark.parametrize(("text", "host", "port"), [
@@ -39,7 +37,6 @@ def test_what_is_no_address_is_refused(text: str) -> None:
         addresses.parse(text)
 
 
-@EXAMPLES
 @given(st.text(max_size=30))
 def test_any_text_is_an_address_or_refused(text: str) -> None:
     try:

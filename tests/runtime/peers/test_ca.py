@@ -9,15 +9,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aspenfs.errors import InvalidArgument
 from aspenfs.limits import CERTIFICATE_S, CERTIFICATE_SKEW_S
 from aspenfs.runtime.peers import ca
 from aspenfs.runtime.peers.ca import NodeName
-
-EXAMPLES = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine
 
 NOW_NS = 1_700_000_000_000_000_000
 NAME = NodeName(b"c" * 16, 42, b"b" * 16)
@@ -27,7 +25,6 @@ def signed(authority: ca.Authority, name: NodeName = NAME) -> x509.Certificate:
     return ca.sign(authority, ca.load_key(ca.new_key()).public_key(), name, NOW_NS)
 
 
-@EXAMPLES
 @given(cluster_id=st.binary(min_size=16, max_size=16), node=st.integers(1, (1 << 63) - 1),
        born=st.binary(min_size=16, max_size=16))  # fmt: skip
 def test_a_name_is_read_back_from_its_uri(cluster_id: bytes, node: int, born: bytes) -> None:
@@ -105,7 +102,6 @@ def test_requests_for_other_kinds_of_keys_are_not_taken() -> None:
             ca.check_request(_csr(key))
 
 
-@EXAMPLES
 @given(data=st.data())
 def test_a_damaged_request_is_not_taken(data: st.DataObject) -> None:
     der = bytearray(REQUEST)

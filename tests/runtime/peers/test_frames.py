@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aspenfs import errors
@@ -15,8 +15,6 @@ from aspenfs.limits import PEER_FRAME_BYTES_MAX, PEER_ITEMS_MAX, PEER_REQUEST_BY
 from aspenfs.runtime.peers import frames
 from aspenfs.runtime.peers.frames import Admitted, Hello, Join, LinkKind, Parts, Type, Welcome
 from tests.runtime.peers.nodes import message
-
-EXAMPLES = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine
 
 HELLO = Hello(LinkKind.BULK, b"c" * 16, (1 << 63) - 1, 7, (1 << 64) - 1)
 JOIN = Join(b"c" * 16, b"s" * 20, b"csr", b"b" * 16, "node", ("a:1", "b:2"), True)
@@ -103,7 +101,6 @@ VALUES = st.recursive(
 
 
 @pytest.mark.parametrize("decode", DECODERS)
-@EXAMPLES
 @given(data=st.binary(max_size=200) | VALUES.map(frames.pack))
 def test_bytes_that_anybody_sent_are_read_or_refused(
     decode: Callable[[memoryview], Any], data: bytes
@@ -132,7 +129,6 @@ GOOD: list[bytes] = [
 ]  # fmt: skip
 
 
-@EXAMPLES
 @given(data=st.data())
 def test_a_good_frame_with_bytes_changed_is_read_or_refused(data: st.DataObject) -> None:
     frame = bytearray(data.draw(st.sampled_from(GOOD))[5:])
