@@ -272,10 +272,11 @@ class Operations(pyfuse3.Operations):
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         file = self.fs.file(fh)
         mapped = unprivileged = None
-        if file.appends or file.direct_io:
-            flags = self.requests.write_flags(fh, off)
-            if flags is not None:
-                mapped, unprivileged = bool(flags & WRITE_CACHE), bool(flags & WRITE_KILL_SUIDGID)
+        if file.appends or file.direct_io or file.unprivileged:
+            writer = self.requests.writer(fh, off)
+            if writer is not None:
+                flags, uid = writer
+                mapped, unprivileged = bool(flags & WRITE_CACHE), bool(flags & WRITE_KILL_SUIDGID or uid)
         written = await file.write(off, buf, mapped, unprivileged)
         if self.show.sync:
             await file.sync(True)

@@ -27,7 +27,7 @@ HEADER: Final = struct.Struct("=IIQQIII4x")
 READ_IN: Final = struct.Struct("=QQI")
 WRITE_IN: Final = struct.Struct("=QQII")  # of struct fuse_write_in: handle, offset, size, flags
 OPEN, WRITE, OPENDIR, CREATE, READDIRPLUS = 14, 16, 27, 35, 44
-# Flags of a WRITE: a page of a mapping, or of the writeback cache; by somebody without CAP_FSETID.
+# Flags of a WRITE: a page of a mapping, or of the writeback cache; past the pages, without CAP_FSETID.
 WRITE_CACHE, WRITE_KILL_SUIDGID = 1, 4
 KERNEL_MIN: Final = (5, 1)  # the first that takes ENOSYS from OPENDIR for "never again"
 
@@ -79,8 +79,9 @@ class Requests:
         assert (header.opcode, handle, offset) == (READDIRPLUS, 0, position), header
         return header.inode, size
 
-    def write_flags(self, handle: int, offset: int) -> int | None:
-        """Those of the WRITE under way, which begins at `offset`; None if they can not be told."""
+    def writer(self, handle: int, offset: int) -> tuple[int, int] | None:
+        """The flags and the user of the WRITE under way, which begins at `offset`; None if they can not be
+        told."""
         scope = _variables(self._serving()) if self._offset is not None else None
         if self._offset is None or scope is None:
             return None
@@ -89,9 +90,8 @@ class Requests:
             return None
         request = ctypes.string_at(address, HEADER.size + WRITE_IN.size)
         found = WRITE_IN.unpack_from(request, HEADER.size)
-        if Header._make(HEADER.unpack_from(request)).opcode != WRITE or found[:2] != (handle, offset):
-            return None
-        return found[3]  # type: ignore[no-any-return]
+        header = Header._make(HEADER.unpack_from(request))
+        return (found[3], header.uid) if (header.opcode, *found[:2]) == (WRITE, handle, offset) else None
 
     def _look(self, opcode: int, inode: int, caller: Caller) -> str | None:
         """Finds `_offset`, or says why not."""

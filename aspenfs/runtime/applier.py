@@ -56,6 +56,7 @@ class Applier:
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self.batches = 0
+        self.told = state.applied_index  # of the last batch that the loop has heard of
 
     # --- the loop's thread ---
 
@@ -76,7 +77,7 @@ class Applier:
         """The state has all up to `index` from elsewhere; no thread runs. What waits is forgotten."""
         self._backlog.clear()
         self._checkpoints.clear()
-        self._requested = index
+        self._requested = self.told = index
 
     def request(self, index: int) -> None:
         """Entries up to `index` are committed and shall be applied."""
@@ -114,6 +115,7 @@ class Applier:
                 self._backlog.appendleft((batch_steps[-1], items))
                 raise
             self._is_checkpoint(batch_steps[-1])
+            self.told = batch_steps[-1]
             steps += batch_steps
         return steps
 
@@ -149,7 +151,12 @@ class Applier:
         self.batches += 1
         if self._is_checkpoint(steps[-1]) and self.at_checkpoint is not None:
             self.at_checkpoint(steps[-1])
-        loop.run_sync_soon(self._applied, steps)
+        loop.run_sync_soon(self._tell, steps)
+
+    def _tell(self, steps: list[int]) -> None:
+        """In the loop's thread, after what `at_checkpoint` has told it."""
+        self.told = steps[-1]
+        self._applied(steps)
 
     def _is_checkpoint(self, index: int) -> bool:
         """Whether the batch that ends with `index`, now in the state, had to end there."""

@@ -86,7 +86,7 @@ class Checkpoints:
         """At the checkpoint `index`; or why there is none; None: not yet."""
         found = self._digests.get(index) or self._missed.get(index)
         pinned = any(pin is not None and pin.index == index for pin in (self._walked, self._next))
-        if found is None and not pinned and self._state.applied_index >= index:
+        if found is None and not pinned and self._applier.told >= index:
             return "it did not look at its state there"
         return found
 

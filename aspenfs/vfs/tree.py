@@ -123,6 +123,7 @@ class OpenFile:
 
     direct_io = False  # the kernel must not cache its pages
     appends = False  # O_APPEND
+    unprivileged = False  # opened by another user than root
     keep_cache = True  # pages cached earlier are still right
 
     async def read(self, offset: int, size: int) -> bytes:
@@ -134,8 +135,7 @@ class OpenFile:
     ) -> int:
         """`mapped`: whether the kernel writes back a mapping's page, which has its place, also by a handle
         that appends; None: not to be told, see `is_write_back`. `unprivileged`: whether the writer may not
-        leave a set-user-ID bit where it is, and the kernel has not taken it away itself, as it does before
-        it writes to its pages; None: not to be told."""
+        leave a set-user-ID bit where it is; None: not to be told."""
         raise errors.ReadOnly("read-only tree")
 
     async def flush(self) -> None:

@@ -1,5 +1,6 @@
 """The state at a checkpoint: exactly that entry's, as the database has it, looked at within bounds."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,34 @@ def test_a_state_that_can_not_be_read_has_a_digest_that_nobody_has(tmp_path: Pat
         found = await looked.found(index)
         assert isinstance(found, Digest)
         assert found.digest != looked.expected[index]
+
+    on(tmp_path, test)
+
+
+def test_what_is_about_to_be_looked_at_was_not_missed(tmp_path: Path) -> None:
+    """The loop may see in the state what the applier has not told it of."""
+
+    async def test(looked: Looked) -> None:
+        reached, goes_on = looked.applier.at_checkpoint, threading.Event()
+        assert reached is not None
+
+        def late(index: int) -> None:
+            assert goes_on.wait(30)
+            reached(index)
+
+        looked.applier.at_checkpoint = late
+        looked.write(5)
+        index = looked.checkpoint()
+        looked.applier.request(index)
+
+        def seen() -> bool:
+            looked.state.refresh()
+            return looked.state.applied_index == index
+
+        await until(seen)
+        assert looked.checkpoints.find(index) is None
+        goes_on.set()
+        assert isinstance(await looked.found(index), Digest)
 
     on(tmp_path, test)
 

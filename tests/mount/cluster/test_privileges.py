@@ -66,22 +66,30 @@ def test_a_write_takes_what_the_file_lent(cluster: Cluster, writer: Node, flags:
         writer.sh(f"rm files/{name}")
 
 
-def test_a_descriptor_of_root_gives_its_privilege_to_nobody_who_appends_by_it(cluster: Cluster) -> None:
-    """Who writes counts, not who opened."""
-    python(cluster[1], MAKE, "inherited", "0")
+@pytest.mark.parametrize("flags", [0, os.O_APPEND])
+@pytest.mark.parametrize("opener", [0, USER])
+def test_who_writes_counts_and_not_who_opened(cluster: Cluster, opener: int, flags: int) -> None:
+    name = f"inherited-{opener}-{flags}"
+    python(cluster[1], MAKE, name, "0")
     script = """
-file = os.open("inherited", os.O_WRONLY | os.O_APPEND)
-os.write(file, b"root's")
-before = os.stat("inherited").st_mode & 0o7777
-pid = os.fork()
-if not pid:
-    os.setuid(1000)
-    os.write(file, b"other")
-    os._exit(0)
-os.waitpid(pid, 0)
-print(oct(before), oct(os.stat("inherited").st_mode & 0o7777))
+name, flags, opener = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+
+def write(user):
+    pid = os.fork()
+    if not pid:
+        os.setuid(user)
+        os.write(file, b"other")
+        os._exit(0)
+    os.waitpid(pid, 0)
+    print(oct(os.stat(name).st_mode & 0o7777))
+
+os.seteuid(opener)
+file = os.open(name, os.O_WRONLY | flags)
+os.seteuid(0)
+write(0)
+write(1000)
 """
-    assert python(cluster[2], script).split() == ["0o6777", "0o777"]
+    assert python(cluster[2], script, name, str(flags), str(opener)).split() == ["0o6777", "0o777"]
 
 
 def test_a_bit_that_was_set_on_another_host_goes_too(cluster: Cluster) -> None:
