@@ -1,4 +1,5 @@
-"""Real nodes for the tests in this directory: one cluster of three for all, healthy before and after each.
+"""Real nodes for the tests in this directory: one cluster of three for all, healthy and empty before and
+after each.
 
 Two more places in its network are free, for nodes that are not members (yet).
 """
@@ -29,12 +30,14 @@ def shared_cluster(network: Network) -> Iterator[Cluster]:
 
 @pytest.fixture
 def cluster(shared_cluster: Cluster) -> Iterator[Cluster]:
-    """The shared cluster, with a deadline for this test; afterwards it is mended, and its nodes are alike."""
+    """The shared cluster, with a deadline for this test; afterwards it is mended and emptied, and its nodes
+    are alike."""
     shared_cluster.extend()
     yield shared_cluster
     shared_cluster.extend()
     shared_cluster.revive()
     shared_cluster.wait_healthy()
+    shared_cluster[1].sh("find files kv -mindepth 1 -delete")
     assert len(set(shared_cluster.digests().values())) == 1
     shared_cluster.rest()
 
