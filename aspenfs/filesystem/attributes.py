@@ -99,14 +99,16 @@ class AttributeOperations:
     def __init__(self, volume: Volume) -> None:
         self.volume, self.store = volume, volume.store
 
-    async def change(self, node: int, change: Change) -> Inode:
-        """Makes a change in one transaction. The inode after."""
+    async def change(self, node: int, change: Change, owner: int | None = None) -> Inode:
+        """Makes a change in one transaction. The inode after. NotPermitted if it is not that `owner`'s."""
         key = inode_key(node)
         for _ in range(ATTEMPTS):
             record = self.store.get(key)
             if record is None:
                 raise errors.Stale(f"inode {node} is gone")
             inode = unpack_inode(record.value)
+            if owner is not None and inode.uid != owner:
+                raise errors.NotPermitted(f"inode {node} is not that user's any more")
             timed = {"ctime": self.volume.now(), **change}
             operations = [merge(key, *edits_of(inode, timed)), *access_of(self.store, node, inode, timed)]
             result = await self.store.txn(
@@ -178,12 +180,14 @@ class AttributeOperations:
         prefix = XATTR_PREFIX + number(node)
         return [key[11:] for key, _ in self.store.range(prefix, prefix_end(prefix), keys_only=True)]
 
-    async def set(self, node: int, name: bytes, value: bytes) -> None:
+    async def set(self, node: int, name: bytes, value: bytes, *, keeps_group: bool = True) -> None:
         """NotSupported outside user., trusted., security. and the two ACLs; NoSpace when the names grow
         over 64 KiB or the values over 1 MiB. An access ACL sets the mode; one that says no more than the
-        mode is not kept."""
+        mode is not kept. Who is not of the inode's group (not `keeps_group`) takes its set-group-ID bit."""
         if not name.startswith(NAMESPACES) and name not in (acl.ACCESS, acl.DEFAULT):
             raise errors.NotSupported(f"extended attributes are kept in {NAMESPACES}")
+        if name in NAMESPACES:
+            raise errors.InvalidArgument("a namespace is no name")
         if len(value) > XATTR_VALUE_BYTES_MAX:
             raise errors.ArgumentTooLong(f"a value has at most {XATTR_VALUE_BYTES_MAX} bytes")
         for _ in range(ATTEMPTS):
@@ -197,7 +201,8 @@ class AttributeOperations:
             if name in (acl.ACCESS, acl.DEFAULT):
                 entries = acl.parse(value)
                 if name == acl.ACCESS:
-                    edits.append(patch(MODE, U32(inode.mode & ~0o777 | acl.mode_bits(entries))))
+                    kept = ~0o777 if keeps_group else ~(0o777 | stat.S_ISGID)
+                    edits.append(patch(MODE, U32(inode.mode & kept | acl.mode_bits(entries))))
                     keep = not acl.is_minimal(entries)
                 elif inode.mode & 0o170000 != 0o040000:
                     raise errors.AccessDenied("only a directory has a default access control list")

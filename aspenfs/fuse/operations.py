@@ -272,13 +272,16 @@ class Operations(pyfuse3.Operations):
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         file = self.fs.file(fh)
         mapped = unprivileged = None
-        if file.appends or file.direct_io or file.unprivileged:
-            writer = self.requests.writer(fh, off)
-            if writer is not None:
-                flags, uid = writer
-                mapped, unprivileged = bool(flags & WRITE_CACHE), bool(flags & WRITE_KILL_SUIDGID or uid)
+        syncs = self.show.sync
+        writing = self.requests.writing(fh, off)
+        if writing is not None:
+            flags, uid, open_flags = writing
+            mapped, unprivileged = bool(flags & WRITE_CACHE), bool(flags & WRITE_KILL_SUIDGID or uid)
+            if not mapped:
+                file.appends = bool(open_flags & os.O_APPEND)  # fcntl(2) may have changed it
+                syncs = syncs or (file.direct_io and bool(open_flags & os.O_DSYNC))  # else the kernel asks
         written = await file.write(off, buf, mapped, unprivileged)
-        if self.show.sync:
+        if syncs:
             await file.sync(True)
         return written
 
@@ -378,18 +381,19 @@ class Operations(pyfuse3.Operations):
 
     @answers
     async def listxattr(self, inode: int, ctx: Any) -> Sequence[bytes]:
-        return await self.fs.listxattr(inode)
+        names = await self.fs.listxattr(inode)
+        return [name for name in names if not name.startswith(b"trusted.")] if ctx.uid else names
 
     @answers
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: Any) -> None:
         if name.startswith(b"system.") and not self.enable_acl:
             raise errors.NotSupported("access control lists need -o acl: the kernel would not check them")
-        await self.fs.setxattr(inode, name, value)
+        await self.fs.setxattr(inode, name, value, ctx)
         await self._done(inode)
 
     @answers
     async def removexattr(self, inode: int, name: bytes, ctx: Any) -> None:
-        await self.fs.removexattr(inode, name)
+        await self.fs.removexattr(inode, name, ctx)
         await self._done(inode)
 
     @answers

@@ -25,7 +25,9 @@ logger = logging.getLogger(__name__)
 # linux/fuse.h: struct fuse_in_header, then (READDIR, READDIRPLUS) the start of struct fuse_read_in.
 HEADER: Final = struct.Struct("=IIQQIII4x")
 READ_IN: Final = struct.Struct("=QQI")
-WRITE_IN: Final = struct.Struct("=QQII")  # of struct fuse_write_in: handle, offset, size, flags
+# struct fuse_in_header (length, opcode, unique, inode, user, group, process) and struct fuse_write_in
+# (handle, offset, size, flags, lock owner, flags of the open file).
+WRITE_REQUEST: Final = struct.Struct("=IIQQIII4xQQIIQI4x")
 OPEN, WRITE, OPENDIR, CREATE, READDIRPLUS = 14, 16, 27, 35, 44
 # Flags of a WRITE: a page of a mapping, or of the writeback cache; past the pages, without CAP_FSETID.
 WRITE_CACHE, WRITE_KILL_SUIDGID = 1, 4
@@ -79,19 +81,18 @@ class Requests:
         assert (header.opcode, handle, offset) == (READDIRPLUS, 0, position), header
         return header.inode, size
 
-    def writer(self, handle: int, offset: int) -> tuple[int, int] | None:
-        """The flags and the user of the WRITE under way, which begins at `offset`; None if they can not be
-        told."""
+    def writing(self, handle: int, offset: int) -> tuple[int, int, int] | None:
+        """Of the WRITE under way, which begins at `offset`: its flags, its user, and the flags of the open
+        file as of now, with O_DSYNC if that write is to be synced. None if they can not be told."""
         scope = _variables(self._serving()) if self._offset is not None else None
         if self._offset is None or scope is None:
             return None
         address = ctypes.c_void_p.from_address(id(scope) + self._offset).value
         if address is None:
             return None
-        request = ctypes.string_at(address, HEADER.size + WRITE_IN.size)
-        found = WRITE_IN.unpack_from(request, HEADER.size)
-        header = Header._make(HEADER.unpack_from(request))
-        return (found[3], header.uid) if (header.opcode, *found[:2]) == (WRITE, handle, offset) else None
+        request = ctypes.string_at(address, WRITE_REQUEST.size)
+        _, opcode, _, _, user, _, _, fh, at, _, flags, _, open_flags = WRITE_REQUEST.unpack(request)
+        return (flags, user, open_flags) if (opcode, fh, at) == (WRITE, handle, offset) else None
 
     def _look(self, opcode: int, inode: int, caller: Caller) -> str | None:
         """Finds `_offset`, or says why not."""

@@ -306,13 +306,15 @@ class FileSystem:
         await self.coherence.strict_barrier()
         return await tree.listxattr(node)
 
-    async def setxattr(self, ino: int, name: bytes, value: bytes) -> None:
+    async def setxattr(
+        self, ino: int, name: bytes, value: bytes, caller: Caller | None = None
+    ) -> None:
         tree, node = self.locate(ino)
-        await self._sure(partial(tree.setxattr, node, name, value))
+        await self._sure(partial(tree.setxattr, node, name, value, caller))
 
-    async def removexattr(self, ino: int, name: bytes) -> None:
+    async def removexattr(self, ino: int, name: bytes, caller: Caller | None = None) -> None:
         tree, node = self.locate(ino)
-        await self._sure(partial(tree.removexattr, node, name))
+        await self._sure(partial(tree.removexattr, node, name, caller))
 
     # --- handles ---
 

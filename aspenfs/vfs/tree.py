@@ -10,8 +10,10 @@ not need the network must not suspend: the fast path of the daemon depends on it
 """
 
 import os
+import re
 import stat
 from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
 from aspenfs import errors
@@ -89,6 +91,49 @@ def check_found(attr: Attr, flags: int, caller: Caller, *, owners_shown: bool) -
         raise errors.Stale(f"inode {attr.node} has come meanwhile")
 
 
+def check_change(attr: Attr, wanted: SetAttr, caller: Caller, now_ns: int) -> SetAttr:
+    """What `caller` may change of an inode that is `attr` now; NotPermitted. As setattr_prepare in Linux,
+    which goes by the owner and group that its inode has in memory: by a descriptor these are not looked up
+    anew, however long ago another host has changed them. Whoever is not root counts as without capabilities.
+
+    Others than the owner may set the times to now, if they may write, and take set-user-ID and set-group-ID
+    bits away by writing: the kernel sees to the former, and asks for the latter in the writer's name."""
+    mode = wanted.mode
+    if not caller.uid:
+        return wanted
+    if caller.uid != attr.uid:
+        times = [time for time in (wanted.atime_ns, wanted.mtime_ns) if time is not None]
+        gains = mode is not None and (attr.mode ^ mode) & 0o7777 & ~(attr.mode & SET_IDS)
+        owns = wanted.uid is not None or wanted.gid is not None
+        if gains or owns or any(abs(time - now_ns) > _NOW_NS for time in times):
+            check_owner(attr, caller)
+    elif mode is not None and mode & stat.S_ISGID:
+        gid = attr.gid if wanted.gid is None else wanted.gid
+        if not in_group(caller, gid):
+            return wanted._replace(mode=mode & ~stat.S_ISGID)
+    return wanted
+
+
+def check_owner(attr: Attr, caller: Caller) -> None:
+    """NotPermitted."""
+    if caller.uid not in (0, attr.uid):
+        raise errors.NotPermitted(f"inode {attr.node} is not that user's any more")
+
+
+def in_group(caller: Caller, gid: int) -> bool:
+    """Whether a process belongs to a group, as far as this process can see it."""
+    if caller.gid == gid:
+        return True
+    try:
+        status = Path(f"/proc/{caller.pid}/status").read_bytes()
+    except OSError:
+        return False
+    groups = re.search(rb"^Groups:(.*)$", status, re.MULTILINE)
+    return groups is not None and str(gid).encode() in groups[1].split()
+
+
+SET_IDS: Final = stat.S_ISUID | stat.S_ISGID
+_NOW_NS: Final = 2_000_000_000  # between the kernel's asking and ours
 _ACCESS: Final = (stat.S_IRUSR, stat.S_IWUSR, stat.S_IRUSR | stat.S_IWUSR, stat.S_IRUSR | stat.S_IWUSR)
 
 
@@ -122,7 +167,7 @@ class OpenFile:
     """An open file of a tree. The defaults answer as a file that can do nothing."""
 
     direct_io = False  # the kernel must not cache its pages
-    appends = False  # O_APPEND
+    appends = False  # O_APPEND, as of the last write
     unprivileged = False  # opened by another user than root
     keep_cache = True  # pages cached earlier are still right
 
@@ -277,10 +322,10 @@ class Tree:
     async def listxattr(self, node: int) -> Sequence[bytes]:
         return ()
 
-    async def setxattr(self, node: int, name: bytes, value: bytes) -> None:
+    async def setxattr(self, node: int, name: bytes, value: bytes, caller: Caller | None = None) -> None:
         raise errors.NotSupported("this tree has no extended attributes")
 
-    async def removexattr(self, node: int, name: bytes) -> None:
+    async def removexattr(self, node: int, name: bytes, caller: Caller | None = None) -> None:
         raise errors.NotSupported("this tree has no extended attributes")
 
     # --- life ---

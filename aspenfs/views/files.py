@@ -34,7 +34,10 @@ from aspenfs.vfs.tree import (
     Touched,
     Tree,
     Usage,
+    check_change,
     check_found,
+    check_owner,
+    in_group,
 )
 from aspenfs.views.files_open import OpenInode
 
@@ -176,8 +179,12 @@ class FilesTree(Tree):
         handle = self._handle(node, flags, caller)
         try:
             record = self.store.get(layout.INODE_PREFIX + node.to_bytes(8, "big"))
-            # Without a name it may be on its way out, unless it is held.
-            if record is None or (record[0].startswith(_NO_NAME) and not self.orphans.may_open(node)):
+            # Without a name it may be on its way out, unless it is held. And what is written to it is lost if
+            # nobody else has it open: who came by the name that it had wants what has that name now.
+            lost = flags & os.O_ACCMODE and self.open_counts[node] == 1
+            if record is None or (
+                record[0].startswith(_NO_NAME) and (lost or not self.orphans.may_open(node))
+            ):
                 raise errors.Stale(f"inode {node} is gone")
             if node in self.names.going:
                 await self.names.keep(node)
@@ -250,6 +257,11 @@ class FilesTree(Tree):
 
     async def setattr(self, node: int, wanted: SetAttr, caller: Caller) -> Attr:
         ghost = self.ghosts.get(node)
+        owner = None  # who must still be it when the change is made
+        if caller.uid and self.owners_shown:
+            attr = ghost or self._attr_expected(node)
+            wanted = check_change(attr, wanted, caller, self.volume.now())
+            owner = caller.uid if caller.uid == attr.uid else None
         if ghost is not None:
             self.ghosts[node] = ghost = _changed(ghost, wanted, self.volume.now())
             return ghost
@@ -267,12 +279,13 @@ class FilesTree(Tree):
         inode = None
         # Owner first, size, then times and mode, which also undo what a size change did to the times.
         if size is not None:
-            owner: dict[str, int] = {name: change.pop(name) for name in _OWNER if name in change}
-            if owner:
-                await self.attributes.change(node, owner)
+            owners: dict[str, int] = {name: change.pop(name) for name in _OWNER if name in change}
+            if owners:
+                await self.attributes.change(node, owners, owner)
             inode = await self.content.truncate(node, size)
+            await self.attributes.drop_privileges(node, set_ids=caller.uid != 0)
         if change:
-            inode = await self.attributes.change(node, change)
+            inode = await self.attributes.change(node, change, owner)
         self._read_as_of(node, wanted)
         return self._attr(node) if inode is None else self._now(node, inode)
 
@@ -293,6 +306,10 @@ class FilesTree(Tree):
             await self.settled(node)
             await self.writes.settled(node)
             await self.attributes.drop_privileges(node, set_ids=unprivileged)
+
+    def _attr_expected(self, node: int) -> Attr:
+        inode = self._expected(node)
+        return self._attr(node) if inode is None else to_attr(node, inode)
 
     def _read_as_of(self, node: int, wanted: SetAttr) -> None:
         if wanted.atime_ns is not None:
@@ -445,15 +462,29 @@ class FilesTree(Tree):
         await self.settled(node)
         return self.attributes.list(node)
 
-    async def setxattr(self, node: int, name: bytes, value: bytes) -> None:
+    async def setxattr(self, node: int, name: bytes, value: bytes, caller: Caller | None = None) -> None:
         await self.settled(node)
         await self.writes.settled(node)  # a mode that was set before
-        await self.attributes.set(node, name, value)
+        keeps_group = self._may_set_acl(node, name, caller)
+        await self.attributes.set(node, name, value, keeps_group=keeps_group)
 
-    async def removexattr(self, node: int, name: bytes) -> None:
+    def _may_set_acl(self, node: int, name: bytes, caller: Caller | None) -> bool:
+        """NotPermitted, as for a mode (`check_change`); whether a set-group-ID bit is kept."""
+        if caller is None or not caller.uid or not self.owners_shown or not name.startswith(b"system."):
+            return True
+        attr = self._attr(node)
+        check_owner(attr, caller)
+        return in_group(caller, attr.gid)
+
+    async def removexattr(self, node: int, name: bytes, caller: Caller | None = None) -> None:
         await self.settled(node)
         await self.writes.settled(node)
-        await self.attributes.remove(node, name)
+        self._may_set_acl(node, name, caller)
+        try:
+            await self.attributes.remove(node, name)
+        except errors.NoAttribute:
+            if not name.startswith(b"system."):
+                raise  # an access control list that says nothing is as good as none
 
     # --- life ---
 

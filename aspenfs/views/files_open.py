@@ -45,8 +45,10 @@ class OpenInode(OpenFile):
         self, offset: int, data: bytes, mapped: bool | None = None, unprivileged: bool | None = None
     ) -> int:
         tree, node = self.tree, self.node
-        if (self.direct_io or self.unprivileged) and not mapped:
-            await tree.before_write(node, self.unprivileged if unprivileged is None else unprivileged)
+        if unprivileged is None:
+            unprivileged = self.unprivileged
+        if (self.direct_io or unprivileged) and not mapped:
+            await tree.before_write(node, unprivileged)
         if tree.store.alone and node not in tree.writes.files:
             at = await self._place(offset, len(data), mapped) if self.appends else offset
             await tree.writer.write(node, at, data)

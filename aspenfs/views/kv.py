@@ -17,7 +17,17 @@ from aspenfs.kv.store import Store
 from aspenfs.kv.types import Event, Operation, Record, cut, exists, merge, set_attributes
 from aspenfs.limits import VALUE_BYTES_MAX
 from aspenfs.seams import Clock
-from aspenfs.vfs.tree import Attr, Caller, OpenFile, SetAttr, Touched, Tree, Usage, check_found
+from aspenfs.vfs.tree import (
+    Attr,
+    Caller,
+    OpenFile,
+    SetAttr,
+    Touched,
+    Tree,
+    Usage,
+    check_change,
+    check_found,
+)
 from aspenfs.views import kv_attributes, kv_names
 from aspenfs.views.kv_files import KVFile, edit, truncate
 from aspenfs.views.kv_listing import list_names
@@ -107,6 +117,8 @@ class KVTree(Tree):
     async def setattr(self, node: int, wanted: SetAttr, caller: Caller) -> Attr:
         space = self.space
         now = space.clock.time_ns()
+        if self.owners_shown:
+            wanted = check_change(await self.getattr(node), wanted, caller, now)
         changes = kv_attributes.changed(wanted, now)
         found = space.nodes.by_id.get(node)
         if isinstance(found, FileNode):
@@ -199,13 +211,15 @@ class KVTree(Tree):
         record = self._attributed(node)
         return kv_attributes.xattr_names(record) if record is not None else ()
 
-    async def setxattr(self, node: int, name: bytes, value: bytes) -> None:
+    async def setxattr(
+        self, node: int, name: bytes, value: bytes, caller: Caller | None = None
+    ) -> None:
         attribute = kv_attributes.settable(name)
         record = self._attributed(node)
         held = record.attributes if record is not None else {}
         await self._set_attributes(node, kv_attributes.with_xattr(held, attribute, value))
 
-    async def removexattr(self, node: int, name: bytes) -> None:
+    async def removexattr(self, node: int, name: bytes, caller: Caller | None = None) -> None:
         attribute = kv_attributes.settable(name)
         record = self._attributed(node)
         if record is None or attribute not in record.attributes:

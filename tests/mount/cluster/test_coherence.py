@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
@@ -27,8 +27,8 @@ def at_once(*work: Any) -> list[Any]:
 
 
 def python(node: Node, script: str, *arguments: str, check: bool = True, timeout_s: float = 60) -> str:
-    """Runs a script with `os`, `sys`, `time` and `mmap` in the mount's directory `files`."""
-    text = f"import os, sys, time, mmap\nos.chdir({str(node.mountpoint)!r} + '/files')\n{script}"
+    """Runs a script with `os`, `sys`, `time`, `mmap` and `fcntl` in the mount's directory `files`."""
+    text = f"import fcntl, mmap, os, sys, time\nos.chdir({str(node.mountpoint)!r} + '/files')\n{script}"
     done = node.run(sys.executable, "-c", text, *arguments, check=check, timeout_s=timeout_s)
     return done.stdout.decode() + done.stderr.decode()
 
@@ -38,7 +38,7 @@ def holding(node: Node, script: str) -> Iterator[Any]:
     """A process in the mount that does one step of `script`, a generator `steps()`, for each call; what the
     step yields."""
     text = f"""
-import os, sys, mmap
+import fcntl, mmap, os, sys
 os.chdir({str(node.mountpoint)!r} + '/files')
 {script}
 step = steps()
@@ -505,6 +505,55 @@ print(done)
         time.sleep(KEPT_S + 0.1)
         listings = {node.sh("ls -l --time-style=full-iso files/churn | tail -n +2") for node in cluster}
     assert len(listings) == 1
+
+
+@pytest.mark.parametrize("tree", ["files", "kv"])
+def test_whoever_appends_by_fcntl_overwrites_nobody_either(cluster: Cluster, tree: str) -> None:
+    """As fdopen(3) does it; the kernel has the end as it was when it last asked."""
+    script = f"""
+os.chdir("../{tree}")
+file = os.open("switched", os.O_WRONLY | os.O_CREAT)
+fcntl.fcntl(file, fcntl.F_SETFL, os.O_APPEND)
+for n in range(100):
+    os.write(file, b"%s-%03d " % (sys.argv[1].encode(), n))
+"""
+    at_once(*(lambda node=node: python(node, script, str(node.number)) for node in cluster))
+    wanted = sorted(f"{node.number}-{n:03}" for node in cluster for n in range(100))
+    assert {" ".join(sorted(node.sh(f"cat {tree}/switched").split())) for node in cluster} == {
+        " ".join(wanted)
+    }
+
+
+@pytest.mark.parametrize("mode", ["open", "strict"])
+def test_a_write_past_the_pages_that_is_to_be_synced_waits_for_a_majority(
+    cluster: Cluster, mode: str
+) -> None:
+    first, *others = cluster
+    if mode == "strict":
+        first.stop()
+        first.start("consistency=strict")
+    cluster.wait_healthy()
+    script = """
+def steps():
+    file = os.open("synced", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_DSYNC)
+    yield "ready"
+    os.write(file, b"line")
+    yield "written"
+"""
+    with holding(first, script) as step, ThreadPoolExecutor(1) as one:
+        assert step() == "ready"
+        for node in others:
+            node.pause()
+        try:
+            writing = one.submit(step)
+            assert not wait([writing], 2.0).done
+        finally:
+            for node in others:
+                node.resume()
+        assert writing.result() == "written"
+    if mode == "strict":
+        first.stop()
+        first.start()
 
 
 # --- strict ---

@@ -125,3 +125,80 @@ def test_a_value_lends_nothing(cluster: Cluster) -> None:
     first.sh("echo program > kv/lent && chmod 6755 kv/lent")
     assert {node.sh("stat -c %a kv/lent").strip() for node in (first, second)} == {"755"}
     first.sh("rm kv/lent")
+
+
+# --- descriptors: the kernel does not ask anew who owns what is open ---
+
+FORMER = """
+import struct
+name, user = sys.argv[1], 1000
+os.chown(name, user, user)
+os.setegid(user)
+os.seteuid(user)
+file = os.open(name, os.O_RDONLY)
+os.seteuid(0)
+open("signs/opened", "w").close()
+while not os.path.exists("signs/taken"):
+    time.sleep(0.01)
+time.sleep(1.5)  # names and attributes that the kernel has kept are old by now
+os.seteuid(user)
+entries = struct.pack("<I", 2) + b"".join(
+    struct.pack("<HHI", tag, 7, 0xFFFFFFFF) for tag in (0x01, 0x04, 0x20)
+)
+for call in (
+    lambda: os.fchmod(file, 0o4777),
+    lambda: os.chmod(f"/proc/self/fd/{file}", 0o666),
+    lambda: os.utime(file, ns=(1, 1)),
+    lambda: os.setxattr(file, "system.posix_acl_access", entries),
+):
+    try:
+        call()
+        print("done")
+    except OSError as error:
+        print(error.strerror.replace(" ", "-"))
+"""
+
+
+@pytest.mark.parametrize("kind", ["files", "directories", "kv"])
+def test_a_former_owner_may_nothing_by_a_descriptor(cluster: Cluster, writer: Node, kind: str) -> None:
+    first = cluster[1]
+    name = "../kv/owned" if kind == "kv" else "owned"
+    make = "mkdir" if kind == "directories" else "touch"
+    first.sh(f"mkdir -m 1777 files/signs; {make} files/{name}; chmod 700 files/{name}")
+
+    def take() -> None:
+        first.sh(f"""until [ -e files/signs/opened ]; do sleep 0.01; done
+            chown 0:0 files/{name}; touch files/signs/taken""")
+
+    told, _ = at_once(lambda: python(writer, FORMER, name), take)
+    refused = "Operation-not-permitted"
+    assert told.split()[:3] == [refused] * 3
+    assert told.split()[3] in (refused, "Operation-not-supported")  # the latter without -o acl
+    assert {node.sh(f"stat -c '%a %u' files/{name}").strip() for node in cluster} == {"700 0"}
+
+
+def test_what_another_host_has_set_since_goes_at_ftruncate_and_by_a_descriptor_of_root(
+    cluster: Cluster, writer: Node
+) -> None:
+    first = cluster[1]
+    first.sh("mkdir -m 1777 files/signs")
+    for name in ("cut", "filled"):
+        first.sh(f"echo program > files/{name}; chmod 777 files/{name}")
+    script = """
+root = os.open("filled", os.O_WRONLY)
+os.setegid(1000)
+os.seteuid(1000)
+user = os.open("cut", os.O_RDWR)
+open("signs/opened", "w").close()
+while not os.path.exists("signs/set"):
+    time.sleep(0.01)
+os.ftruncate(user, 3)
+os.pwrite(root, b"other", 0)
+"""
+
+    def set_later() -> None:
+        first.sh("""until [ -e files/signs/opened ]; do sleep 0.01; done
+            chmod 6777 files/cut files/filled; touch files/signs/set""")
+
+    at_once(lambda: python(writer, script), set_later)
+    assert {node.sh("stat -c %a files/cut files/filled") for node in cluster} == {"777\n777\n"}

@@ -130,6 +130,19 @@ def test_o_append_may_be_switched_on_and_off(here: Path) -> None:
     assert (here / "file").read_bytes() == b"Begin+"
 
 
+@pytest.mark.parametrize("access", [os.O_RDWR, os.O_WRONLY])
+def test_o_append_of_open_may_be_switched_off(here: Path, access: int) -> None:
+    touch(here / "file", b"begin")
+    descriptor = os.open(here / "file", access | os.O_APPEND)
+    os.write(descriptor, b"+")
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, 0)
+    os.pwrite(descriptor, b"B", 0)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)
+    os.pwrite(descriptor, b"-", 0)
+    os.close(descriptor)
+    assert (here / "file").read_bytes() == b"Begin+-"
+
+
 def test_processes_that_append_never_overwrite_each_other(here: Path) -> None:
     touch(here / "log")
 
