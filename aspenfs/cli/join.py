@@ -30,6 +30,7 @@ from aspenfs.runtime.system import SystemClock, SystemEntropy
 _ASK_S = 10.0  # in all, while the cluster does not answer: it may be electing a leader
 _PATIENCE_S = 60.0  # without getting any nearer
 _LOOK_S = 0.2
+_LINE_MAX = 10_000  # more than any ticket has
 # A cluster that says one of these may say yes a little later.
 _PASSING = (errors.PeerUnreachable, errors.NoQuorum, errors.NotLeader, errors.Overloaded, errors.Busy)
 
@@ -39,6 +40,7 @@ Examples:
   aspen join aspen1-k7Yc… /mnt/aspen
   aspen join aspen1-k7Yc… /mnt/aspen --listen 192.0.2.8:7420 --name db2
   aspen join aspen1-k7Yc… /mnt/aspen --learner
+  aspen ticket create --quiet | ssh db2 aspen join - /mnt/aspen
 
 \b
 It begins as a learner, fetches the state, and becomes a voter by itself when it has caught up; the command
@@ -56,9 +58,12 @@ def join(settings: Settings, ticket: str, directory: str, learner: bool, node: N
          as_json: bool) -> None:  # fmt: skip
     """Make this host a member of the cluster that TICKET is for, and mount it at DIR.
 
-    `aspen ticket create` on a member makes the ticket. A join that fails leaves nothing behind.
+    `aspen ticket create` on a member makes the ticket; `-` reads it from standard input, where no other user
+    of this host sees it. A join that fails leaves nothing behind.
     """
     with failures():
+        if ticket == "-":
+            ticket = sys.stdin.readline(_LINE_MAX)
         admission = tickets.decode(ticket)
         wanted = Wanted(settings, admission.cluster_name, directory, node)
         with _Joining(quiet=as_json) as reporter:

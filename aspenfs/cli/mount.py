@@ -294,6 +294,18 @@ def _check_places(options: MountOptions) -> MountOptions:
     return options
 
 
+def _check_only_ours(directory: StateDirectory, path: Path) -> None:
+    """Who may change what is in there has the node's keys, and files that this process writes by name."""
+    found = path.stat()
+    if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise Refused(
+            ExitCode.SYSTEM,
+            f"{directory.path}: others may change the state directory (owner {found.st_uid}, mode "
+            f"{stat.S_IMODE(found.st_mode):o}); look who has been in there, then: chown {os.geteuid()} "
+            f"{directory.path}; chmod 700 {directory.path}",
+        )
+
+
 def _prepare_state(options: MountOptions) -> StateDirectory:
     """The state directory: writable, and the home of the cluster that is asked for."""
     directory = StateDirectory(Path(options.state_dir))
@@ -302,6 +314,8 @@ def _prepare_state(options: MountOptions) -> StateDirectory:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if path.is_dir() and not os.access(path, os.R_OK | os.W_OK | os.X_OK):
         raise Refused(ExitCode.SYSTEM, f"{directory.path}: the state directory is not writable for you")
+    if path.is_dir():
+        _check_only_ours(directory, path)
     try:
         _finish_swap(directory)
         home = identity.read(path)

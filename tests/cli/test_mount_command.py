@@ -185,6 +185,19 @@ def test_user_who_is_not_root_cannot_have_dev_or_suid(
     assert f"option {option}: only root may mount with it" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(("owner", "mode"), [(65534, 0o700), (0, 0o770), (0, 0o702)])
+def test_state_directory_that_others_may_change_is_refused(place: Place, owner: int, mode: int) -> None:
+    place.state.path.mkdir(exist_ok=True)
+    os.chown(place.state.path, owner, 0)
+    place.state.path.chmod(mode)
+    before = list(place.state.path.iterdir())
+    done = place.mount("demo", str(place.mountpoint), "-o", f"create,state_dir={place.state.path}")
+    assert done.returncode == SYSTEM
+    assert "others may change the state directory" in done.stderr
+    assert "chmod 700" in done.stderr
+    assert list(place.state.path.iterdir()) == before
+
+
 def test_state_directory_of_somebody_else_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     # Neither is ever created or changed: a user may not write to /etc.
     assert run_as_nobody(["demo", "/tmp", "-o", "state_dir=/etc"]) == SYSTEM

@@ -141,7 +141,7 @@ class Node(Mount):
 
     def join(self, ticket: str, *more: str) -> None:
         options = ["-o", self.options] if self.options else []
-        self.aspen("join", ticket, str(self.mountpoint), *self.addresses, *options, *more)
+        self.aspen("join", "-", str(self.mountpoint), *self.addresses, *options, *more, stdin=ticket.encode())
         self._started()
 
     def start(self, options: str | None = None, spec: str = NAME) -> "Node":
