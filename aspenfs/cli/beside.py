@@ -25,6 +25,8 @@ AFTER_FAILURE_S: Final = 5.0
 MOMENT_S: Final = 0.001
 START_S: Final = 10.0  # how long a mount waits for its session before it serves
 END_S: Final = 5.0  # and at the end for what is not committed
+# What may go well the next time.
+_PASSING: Final = (errors.ClusterError, errors.StoreError, errors.NoSpace)
 
 
 async def pause() -> None:
@@ -66,7 +68,7 @@ class Beside:
         with trio.move_on_after(START_S) as waiting:
             try:
                 await self.files.orphans.round()
-            except (errors.ClusterError, errors.NoSpace) as error:
+            except _PASSING as error:
                 log.warning("served without a session yet: %s", error)
         if waiting.cancelled_caught:
             log.warning("served without a session yet: no answer within %g s", START_S)
@@ -87,7 +89,7 @@ class Beside:
             await trio.sleep(period_s)
             try:
                 await work()
-            except (errors.ClusterError, errors.NoSpace) as error:
+            except _PASSING as error:
                 log.info("tried again: %s", error)
             except errors.Closed:
                 raise
@@ -116,5 +118,5 @@ class Beside:
             with trio.move_on_after(END_S):
                 try:
                     await work()
-                except (errors.ClusterError, errors.NoSpace) as error:
+                except _PASSING as error:
                     log.info("left to the end of the session: %s", error)

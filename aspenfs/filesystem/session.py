@@ -83,13 +83,15 @@ class Session:
 
     async def _open(self, in_use: Sequence[int]) -> list[int]:
         """A new row, and with it holds on those orphans in use that are still there."""
-        earlier = self.store.get(self.key)
-        if earlier is not None:  # of this node's last life
-            await self._revoke(earlier.lease)
         now = self.volume.monotonic_ns()
         ttl_ms = LEASE_TTL_MS_MAX if self.store.alone else SESSION_TTL_MS
         lease = await self.store.lease_grant(ttl_ms)
         for _ in range(ATTEMPTS):
+            # This node's last life may have left a row that has not come in here yet, or is still on its
+            # way to the leader.
+            earlier = self.store.get(self.key)
+            if earlier is not None:
+                await self._revoke(earlier.lease)
             held = [node for node in in_use if self._is_live(node)][:HOLDS_A_STEP]
             compares: list[Compare] = [absent(self.key)]
             compares += [compare_value(orphan_key(node), EQUAL, ORPHAN_LIVE) for node in held]
@@ -100,6 +102,7 @@ class Session:
                 self.created, self.lease, self._ttl_ms = result.revision, lease, ttl_ms
                 self._kept_alive_ns = now
                 return held
+            await self.store.barrier()
         raise conflict("session")
 
     def _is_live(self, node: int) -> bool:

@@ -8,7 +8,7 @@ import trio
 
 from aspenfs import errors
 from aspenfs.filesystem import layout
-from aspenfs.kv.types import put
+from aspenfs.kv.types import absent, put
 from aspenfs.limits import LEASE_TTL_MS_MAX, SESSION_TTL_MS
 from aspenfs.vfs.tree import OpenFile
 from tests.coherence.hosts import Host, Hosts, run, together, until
@@ -378,6 +378,44 @@ def test_a_node_that_starts_again_at_once_replaces_its_session() -> None:
         assert again.tree.orphans.session.created
 
     with_hosts(test)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_node_that_has_not_seen_its_last_session_yet_replaces_it(seed: int) -> None:
+    async def test(hosts: Hosts, a: Host, b: Host, c: Host) -> None:
+        again = Host(hosts, 4)
+        again.store.paused = True
+        last = await hosts.host(4)
+        last.kill()
+        again.store.go_on()
+        await again.start()
+        await hosts.everywhere()
+        row = a.store.get(layout.session_key(4))
+        assert row is not None
+        assert row.create_revision == again.tree.orphans.session.created
+
+    with_hosts(test, seed)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_session_that_comes_in_after_the_next_life_has_begun_is_replaced(seed: int) -> None:
+    """What a node was proposing when it was killed may reach the leader late."""
+
+    async def test(hosts: Hosts, a: Host, b: Host, c: Host) -> None:
+        again = Host(hosts, 4)
+        lease = await a.store.lease_grant(SESSION_TTL_MS)
+        key = layout.session_key(4)
+
+        async def late() -> None:
+            await a.volume.txn([absent(key)], [put(key, layout.I64(0), lease)])
+
+        await together(late, again.start)
+        await hosts.everywhere()
+        row = a.store.get(key)
+        assert row is not None
+        assert row.create_revision == again.tree.orphans.session.created
+
+    with_hosts(test, seed)
 
 
 def test_a_file_too_large_for_one_transaction_is_held_and_ends_too() -> None:

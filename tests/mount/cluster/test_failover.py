@@ -113,3 +113,12 @@ def test_a_node_that_ends_by_umount_leaves_and_comes_back_by_its_name_alone(clus
     other.sh("echo meanwhile > files/umounted", timeout_s=20)
     node.start()
     assert node.sh("cat files/umounted") == "meanwhile\n"
+
+
+def test_a_node_that_is_killed_as_soon_as_it_is_mounted_can_be_mounted_again(cluster: Cluster) -> None:
+    node, _ = others(cluster, cluster.wait_leader())
+    for delay_s in (0, 0.05, 0.2) * 2:
+        node.kill()
+        node.start()
+        time.sleep(delay_s)
+    assert node.sh("cat cluster/health") == "ok\n"
