@@ -234,7 +234,7 @@ class PeerRefused(ClusterError):
 
 
 class IdentityLost(ClusterError):
-    """A state directory has a member's certificate but not what that member had promised to keep."""
+    """A state directory is that of a node, but does not have what that node had promised to keep."""
 
     errno = _errno.ESTALE
 

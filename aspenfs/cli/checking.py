@@ -19,7 +19,7 @@ from aspenfs.cli.paths import StateDirectory
 from aspenfs.filesystem.check import Check, Problem, unnamed_blobs
 from aspenfs.filesystem.layout import BLOB_PREFIX, named_digests
 from aspenfs.filesystem.volume import NoReplicas, Replicas
-from aspenfs.runtime import swap
+from aspenfs.runtime import identity, swap
 from aspenfs.runtime.control_command import Call
 from aspenfs.runtime.disk import RealDisk
 from aspenfs.runtime.host import NodeStore
@@ -54,9 +54,13 @@ def check_offline(
         disk = RealDisk(directory.path)
         try:
             swap.recover(disk)  # before anything is opened: it may give way to something else
+            identity.check_kept(directory.path)
             blobs = BlobStore.open(disk)
         except errors.StorageError as error:
             yield Finding("blobs", "", str(error))
+            return
+        except errors.IdentityLost as error:
+            yield Finding("log", "", str(error))
             return
         try:
             store = NodeStore.open(

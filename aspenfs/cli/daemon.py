@@ -83,7 +83,9 @@ class Node:
         self.clock = clock = SystemClock()
         disk = RealDisk(directory.path)
         swap.recover(disk)  # before anything is read: it may give way to something else
-        credentials.load(directory.path)  # who has lost its log hears that first
+        if credentials.load(directory.path) is None:  # who has lost its log hears that first
+            identity.check_kept(directory.path)
+            identity.give_birth(directory.path, SystemEntropy())
         incarnation = identity.begin_incarnation(directory.path)
         self.blobs = BlobStore.open(disk)
         self.store = NodeStore.open(

@@ -36,6 +36,7 @@ BORN_BYTES = 16
 NODE_KEY_FILE, NODE_CERTIFICATE_FILE = "node.key", "node.crt"
 CA_BUNDLE_FILE, CA_KEY_FILE = "ca.crt", "ca.key"
 
+_PROMISED = ("wal", "state")
 _ADVICE = "restore it from a backup; the cluster id also stands in the head of each file in wal/"
 
 
@@ -110,7 +111,8 @@ def born(directory: Path) -> bytes | None:
 
 
 def give_birth(directory: Path, entropy: Entropy) -> bytes:
-    """The birth mark, drawn now if there is none. Only for a log that no certificate names yet."""
+    """The birth mark, drawn now if there is none. Only for a log that no certificate names yet, and after
+    `check_kept`."""
     mark = born(directory)
     if mark is None:
         mark = entropy.random_bytes(BORN_BYTES)
@@ -129,6 +131,23 @@ def check_born(directory: Path, expected: bytes) -> None:
             "disk was replaced, or the log was removed. A node that has forgotten its votes must not come "
             "back under its old id: remove the old member (`aspen member remove`), empty the directory, and "
             "join again with a new ticket")  # fmt: skip
+
+
+def check_kept(directory: Path) -> None:
+    """IdentityLost if a node has started here, of which neither log nor state is left. Also for a node
+    without a certificate: with nothing it would be taken for a new cluster.
+
+    The birth mark is durable before the first incarnation, so who was killed at its first start has it.
+    Logs of earlier versions may have none.
+    """
+    if born(directory) is not None or not incarnation(directory):
+        return
+    if not any(_has_files(directory / name) for name in _PROMISED):
+        raise IdentityLost(
+            f"{directory} was a node's, but its log and its state ({', '.join(_PROMISED)}) are not there: a "
+            "disk is not mounted, or they were removed. Nothing was changed. Mount the disk that is missing; "
+            f"else move {directory} away, and restore a backup (`aspen restore`), join the other members "
+            "again (`aspen join`), or begin with an empty cluster (`aspen init`)")  # fmt: skip
 
 
 # --- the incarnation ---
@@ -174,6 +193,10 @@ def write_file(path: Path, data: bytes) -> None:
         os.fsync(descriptor)
     draft.rename(path)
     sync_directory(path.parent)
+
+
+def _has_files(directory: Path) -> bool:
+    return directory.is_dir() and any(directory.iterdir())
 
 
 def remove_file(path: Path) -> None:

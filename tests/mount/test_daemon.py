@@ -7,6 +7,7 @@ import json
 import mmap
 import os
 import re
+import shutil
 import signal
 import socket
 import stat
@@ -202,6 +203,40 @@ def test_state_with_a_damaged_log_is_not_mounted(own_mount: Mount) -> None:
     segment.write_bytes(data)
     own_mount.start()
     assert len(os.listdir(own_mount.mountpoint / "kv")) == 200
+
+
+def test_a_node_whose_log_and_state_are_gone_is_not_mounted_as_an_empty_cluster(own_mount: Mount) -> None:
+    (own_mount.mountpoint / "files" / "f").write_bytes(b"kept")
+    own_mount.kill()
+    away = own_mount.base / "away"
+    away.mkdir()
+    for name in ("wal", "state", "blobs"):
+        (own_mount.state / name).rename(away / name)
+    for options in ("", ",create"):
+        done = mount_aspen(own_mount, "demo", str(own_mount.mountpoint), "-o",
+                           f"state_dir={own_mount.state}{options}")  # fmt: skip
+        assert done.returncode == MOUNT_FAILED
+        assert "aspen restore" in done.stderr
+        assert not own_mount.is_mounted()
+    own_mount.pid = 0
+    assert b"are not there" in own_mount.aspen("check", "--offline", check=False)
+    for name in ("wal", "state", "blobs"):
+        (away / name).rename(own_mount.state / name)
+    own_mount.start()
+    assert (own_mount.mountpoint / "files" / "f").read_bytes() == b"kept"
+
+
+def test_a_node_that_was_killed_before_it_began_its_log_can_be_mounted(own_mount: Mount) -> None:
+    own_mount.kill()
+    for left in (["cluster.json"], ["cluster.json", "wal"], ["cluster.json", "wal", "incarnation"]):
+        for path in own_mount.state.iterdir():
+            if path.name not in left:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for segment in (own_mount.state / "wal").glob("*.wal"):
+            segment.unlink()
+        own_mount.start("")
+        assert (own_mount.mountpoint / "cluster" / "health").read_text() == "ok\n"
+        own_mount.kill()
 
 
 # --- what is mounted ---

@@ -84,6 +84,38 @@ def test_a_birth_mark_that_cannot_be_understood_is_corrupt(tmp_path: Path, text:
         identity.give_birth(tmp_path, FakeEntropy())
 
 
+# --- what is left of a node ---
+
+
+def test_who_was_killed_at_its_first_start_may_start(tmp_path: Path) -> None:
+    identity.create(tmp_path, "demo", FakeEntropy())
+    for _ in range(2):
+        identity.check_kept(tmp_path)
+        identity.give_birth(tmp_path, FakeEntropy())
+    for _ in range(2):
+        identity.begin_incarnation(tmp_path)
+        identity.check_kept(tmp_path)
+
+
+@pytest.mark.parametrize("left", ["nothing", "directories"])
+def test_a_node_of_which_log_and_state_are_gone_is_not_taken_for_a_new_one(tmp_path: Path, left: str) -> None:
+    identity.create(tmp_path, "demo", FakeEntropy())
+    identity.begin_incarnation(tmp_path)
+    if left == "directories":  # on which a disk should be mounted
+        (tmp_path / "wal").mkdir()
+        (tmp_path / "state").mkdir()
+    with pytest.raises(IdentityLost, match="aspen restore"):
+        identity.check_kept(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["wal", "state"])
+def test_a_log_of_an_earlier_version_needs_no_birth_mark(tmp_path: Path, name: str) -> None:
+    identity.begin_incarnation(tmp_path)
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "file").touch()
+    identity.check_kept(tmp_path)
+
+
 # --- the incarnation ---
 
 

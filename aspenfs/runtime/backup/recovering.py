@@ -123,6 +123,7 @@ def _opened(directory: Path, segment_bytes: int) -> tuple[Identity, Wal]:
     node = identity.read(directory)
     if node is None:
         raise errors.NotFound(f"no node here: {directory} holds no cluster")
+    identity.check_kept(directory)
     marker = quarantine.read(directory)
     if marker is not None:
         raise errors.Diverged(
