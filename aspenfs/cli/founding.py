@@ -8,7 +8,7 @@ import functools
 import os
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -70,8 +70,12 @@ def node_options(command: Callable[..., Any]) -> Callable[..., Any]:
 class Wanted:
     """A node that shall be made and mounted; checked as far as that is possible beforehand."""
 
-    def __init__(self, settings: Settings, cluster: str, mountpoint: str, node: NodeOptions) -> None:
-        """Failure; AspenErrors for what cannot be understood."""
+    def __init__(self, settings: Settings, cluster: str, mountpoint: str, node: NodeOptions, *,
+                 joining: bool = False) -> None:  # fmt: skip
+        """`joining`: what a join has left that was killed may be there, and is used.
+
+        Failure; AspenErrors for what cannot be understood.
+        """
         state_dir = os.path.abspath(node.own_state_dir) if node.own_state_dir else settings.directory.path
         lists = [f"state_dir={state_dir}", *node.mount_options]
         where = os.path.abspath(mountpoint)
@@ -80,7 +84,7 @@ class Wanted:
         self.directory = StateDirectory(Path(options.state_dir))
         self.settings = peer_settings.decide(node.node_name or "", node.listen or options.listen or "",
                                              node.advertise or options.advertise)  # fmt: skip
-        _refuse_inhabited(self.directory, self.options.mountpoint)
+        refuse_inhabited(self.directory, self.options.mountpoint, joining=joining)
         _check_listen(self.settings)
 
     def mount(self, meanwhile: Callable[[], object] | None = None) -> None:
@@ -98,7 +102,8 @@ def _checked(options: MountOptions) -> MountOptions:
         raise Failure(str(refusal)) from None
 
 
-def _refuse_inhabited(directory: StateDirectory, mountpoint: str) -> None:
+def refuse_inhabited(directory: StateDirectory, mountpoint: str, *, joining: bool) -> None:
+    """Failure if there is a node, or what is left of one."""
     path = directory.path
     try:
         found = identity.read(path)
@@ -112,9 +117,22 @@ def _refuse_inhabited(directory: StateDirectory, mountpoint: str) -> None:
             name="AlreadyExists",
         )
     remains = [name for name in _REMAINS if (path / name).exists()]
-    if remains:
+    begun = _is_begun_join(path, remains)
+    if remains and not (begun and joining):
+        advice = "move them away, or name another --state-dir"
+        if begun:
+            advice = f"a join was killed here: the same `aspen join` again ends it; else {advice}"
         raise Failure(f"{path} has remains of a node ({', '.join(remains)}), but no identity",
-                      advice="move them away, or name another --state-dir", name="AlreadyExists")  # fmt: skip
+                      advice=advice, name="AlreadyExists")  # fmt: skip
+
+
+def _is_begun_join(path: Path, remains: Sequence[str]) -> bool:
+    """Whether that is all from before it was a node: the birth mark, perhaps a certificate. The cluster
+    knows who comes again by the mark and the key."""
+    if not {*remains} <= {"wal", identity.NODE_CERTIFICATE_FILE}:
+        return False
+    mark = (path / identity.BORN_FILE).name
+    return "wal" not in remains or {entry.name for entry in (path / "wal").iterdir()} <= {mark, f"{mark}.new"}
 
 
 def _check_listen(settings: PeerSettings) -> None:

@@ -59,13 +59,14 @@ def join(settings: Settings, ticket: str, directory: str, learner: bool, node: N
     """Make this host a member of the cluster that TICKET is for, and mount it at DIR.
 
     `aspen ticket create` on a member makes the ticket; `-` reads it from standard input, where no other user
-    of this host sees it. A join that fails leaves nothing behind.
+    of this host sees it. A join that fails leaves nothing behind; one that was killed is ended by the same
+    command.
     """
     with failures():
         if ticket == "-":
             ticket = sys.stdin.readline(_LINE_MAX)
         admission = tickets.decode(ticket)
-        wanted = Wanted(settings, admission.cluster_name, directory, node)
+        wanted = Wanted(settings, admission.cluster_name, directory, node, joining=True)
         with _Joining(quiet=as_json) as reporter:
             joined = _become_member(wanted, admission, learner, reporter)
             role = _until_in_step(wanted, joined, learner, reporter)

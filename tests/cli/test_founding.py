@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from aspenfs import errors
-from aspenfs.cli.founding import Making
+from aspenfs.cli.founding import Making, refuse_inhabited
 from aspenfs.cli.lock import StateLock
+from aspenfs.cli.output import Failure
 from aspenfs.cli.paths import StateDirectory
 
 
@@ -63,3 +64,26 @@ def test_nobody_else_begins_there_until_it_is_handed_over(tmp_path: Path) -> Non
             StateLock.acquire(directory)
         making.hand_over()
         StateLock.acquire(directory).release()
+
+
+@pytest.mark.parametrize("left", [[], ["wal"], ["wal/born"], ["wal/born.new"], ["wal/born", "node.crt"]])
+def test_a_join_that_was_killed_is_gone_on_with_by_a_join_only(tmp_path: Path, left: list[str]) -> None:
+    for name in left:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.mkdir() if name == "wal" else path.touch()
+    refuse_inhabited(StateDirectory(tmp_path), "/mnt", joining=True)
+    if left:
+        with pytest.raises(Failure) as refusal:
+            refuse_inhabited(StateDirectory(tmp_path), "/mnt", joining=False)
+        assert "aspen join" in refusal.value.advice
+
+
+@pytest.mark.parametrize("joining", [False, True])
+@pytest.mark.parametrize("left", ["state/data.mdb", "blobs/1", "wal/1.wal"])
+def test_what_is_left_of_a_node_is_not_used(tmp_path: Path, left: str, joining: bool) -> None:
+    (tmp_path / left).parent.mkdir()
+    (tmp_path / left).touch()
+    with pytest.raises(Failure, match="remains of a node") as refusal:
+        refuse_inhabited(StateDirectory(tmp_path), "/mnt", joining=joining)
+    assert "aspen join" not in refusal.value.advice

@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
+from aspenfs.runtime import identity
+from aspenfs.runtime.peers import credentials
+from aspenfs.runtime.system import SystemEntropy
 from tests.mount.clusters import NAME, Cluster, Node
 
 pytestmark = pytest.mark.mount
@@ -70,6 +73,24 @@ def test_ticket_is_good_for_one_node_and_says_later_for_which(cluster: Cluster, 
     wipe(stranger)
     assert f"node {node} has joined with this ticket" in refused_join(stranger, ticket)
     assert "n4" not in members(cluster[1])
+
+
+def test_a_join_that_ended_before_it_was_a_node_is_ended_by_the_same_command(
+    cluster: Cluster, stranger: Node
+) -> None:
+    ticket = cluster.ticket("--learner")
+    stranger.state.mkdir(mode=0o700)
+    identity.give_birth(stranger.state, SystemEntropy())
+    credentials.make_node_key(stranger.state)
+    obstacle = stranger.state / "cluster.json.new"
+    obstacle.mkdir()
+    stranger.refused("join", ticket, str(stranger.mountpoint), *stranger.addresses, "--learner")
+    rows = json.loads(cluster[1].aspen("member", "list", "--json"))
+    (node,) = (row["id"] for row in rows if row["name"] == "n4")
+    obstacle.rmdir()
+    stranger.join(ticket, "--learner")
+    assert json.loads((stranger.state / "cluster.json").read_text())["node_id"] == node
+    assert "n4 (node" in cluster[2].insist("member", "remove", str(node))
 
 
 def test_expired_ticket_is_refused(cluster: Cluster, stranger: Node) -> None:
