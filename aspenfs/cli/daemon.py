@@ -26,7 +26,7 @@ from aspenfs.cli.flood import FloodFilter
 from aspenfs.cli.lock import StateLock
 from aspenfs.cli.options import MountOptions
 from aspenfs.cli.paths import StateDirectory, state_directory
-from aspenfs.cli.ready import OPTIONS_VARIABLE, ready_fd, report, sd_notify
+from aspenfs.cli.ready import OPTIONS_VARIABLE, Report, ready_fd, report, sd_notify
 from aspenfs.cli.telemetry import describe
 from aspenfs.cli.upkeep import Upkeep
 from aspenfs.cluster.types import NodeId
@@ -45,7 +45,7 @@ from aspenfs.runtime.blob_replication.replicator import BlobReplicator
 from aspenfs.runtime.catching_up import CatchingUp
 from aspenfs.runtime.checkpoints import Checkpoints
 from aspenfs.runtime.clock_watch import ClockWatch
-from aspenfs.runtime.cluster_view import name_of
+from aspenfs.runtime.cluster_view import WAS_REMOVED, name_of
 from aspenfs.runtime.control import ControlServer
 from aspenfs.runtime.control_cluster import ClusterControl
 from aspenfs.runtime.control_command import Call
@@ -230,8 +230,9 @@ class Node:
 
     # --- life ---
 
-    async def run(self, ready: Callable[[], None]) -> None:
-        """Serves until unmounted, stopped by a signal, or the store fails."""
+    async def run(self, ready: Callable[[Report], None]) -> None:
+        """Serves until unmounted, stopped by a signal, or the store fails. `ready` is called with what
+        whoever mounts is told."""
         options = self.options
         try:
             async with trio.open_nursery() as nursery:
@@ -283,7 +284,7 @@ class Node:
                     spin_us=SPIN_US if options.spin_us is None else options.spin_us,
                     hush=lambda: self.store.committing or self.blob_sync.busy,
                     notifier=self.notifier,
-                    ready=ready,
+                    ready=lambda: ready(self._report()),
                     stop=self.stop,
                 )
                 sd_notify("STOPPING=1")
@@ -296,6 +297,11 @@ class Node:
                 self.store.close()  # syncs the blobs that its log names
             finally:
                 self.blobs.close()
+
+    def _report(self) -> Report:
+        if WAS_REMOVED in describe_cluster(self._cluster_facts(), self.clock.time_ns()).problems:
+            return {"ready": True, "warning": f"{WAS_REMOVED.cause}: {WAS_REMOVED.advice}"}
+        return {"ready": True}
 
     async def _formatted(self) -> None:
         """There is a file system to serve: made here by the founder, else fetched from the others."""
@@ -356,10 +362,10 @@ def main() -> int:
     channel: int | None = ready_fd(os.environ)
     reported = False
 
-    def ready() -> None:
+    def ready(message: Report) -> None:
         nonlocal reported
         reported = True
-        report(channel, {"ready": True})
+        report(channel, message)
 
     def failed(error: BaseException, code: int) -> int:
         log.error("%s", error)
@@ -380,7 +386,9 @@ def main() -> int:
     return EXIT_OK
 
 
-async def _run(options: MountOptions, directory: StateDirectory, ready: Callable[[], None]) -> None:
+async def _run(
+    options: MountOptions, directory: StateDirectory, ready: Callable[[Report], None]
+) -> None:
     await Node(options, directory).run(ready)
 
 

@@ -391,6 +391,8 @@ def _start_daemon(
         child.wait()
         raise Refused(report.get("exit", ExitCode.MOUNT_FAILED), report.get("error", "no cause given"))
     _check_mounted(options.mountpoint, directory.log)
+    if "warning" in report:
+        print(f"mount.aspen: warning: {report['warning']}", file=sys.stderr)
 
 
 def _check_mounted(path: str, log: Path) -> None:

@@ -20,9 +20,11 @@ REPORT_BYTES_MAX = 64 * 1024  # far above any text of ours; bounds what a runawa
 
 
 class Report(TypedDict, total=False):
-    """`{"ready": true}`, or the cause of the failure and the exit code of mount(8) for it."""
+    """`{"ready": true}`, perhaps with a warning for who mounts, or the cause of the failure and the exit code
+    of mount(8) for it."""
 
     ready: bool
+    warning: str
     error: str
     exit: int
 
@@ -46,6 +48,8 @@ def report(descriptor: int | None, message: Report) -> None:
     if descriptor is None:
         if "error" in message:
             print(f"mount.aspen: {message['error']}", file=sys.stderr, flush=True)
+        if "warning" in message:
+            print(f"mount.aspen: warning: {message['warning']}", file=sys.stderr, flush=True)
         return
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as pipe:

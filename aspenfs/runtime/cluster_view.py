@@ -19,7 +19,6 @@ _NS_PER_S: Final = 1_000_000_000
 _DAY_S: Final = 86_400
 _EXPIRY_WARNING_S: Final = 30 * _DAY_S  # a certificate is renewed when 120 days are left: something is wrong
 
-_REMOVED: Final = "unmount it and empty its state directory; aspen join makes it a new member"
 _NO_QUORUM: Final = (
     "start them again, or mend the network: until then writes fail after a while, and only mounts with "
     "-o consistency=stale can read; if they are lost for good, see aspen recover --help"
@@ -49,6 +48,12 @@ Row = Mapping[str, Any]
 class Problem(NamedTuple):
     cause: str
     advice: str
+
+
+WAS_REMOVED: Final = Problem(
+    "this node was removed from the cluster",
+    "unmount it and empty its state directory; aspen join makes it a new member",
+)
 
 
 def name_of(members: Members, node: int) -> str:
@@ -126,7 +131,7 @@ def problems(rows: Sequence[Row], configuration: Configuration, leader: int, own
     by_node = {row["id"]: row for row in rows}
     own_row = by_node.get(own, {})
     if own_row.get("state") == "removed":
-        return [Problem("this node was removed from the cluster", _REMOVED)]
+        return [WAS_REMOVED]
     reached = {row["id"] for row in rows if row["state"] in ("here", "connected")}
     found = quorum(configuration, reached)
     names = [str(by_node[node]["name"]) if node in by_node else f"node {node}" for node in found.lost]

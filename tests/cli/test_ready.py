@@ -51,6 +51,11 @@ def test_error_in_the_foreground_goes_to_stderr(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err == "mount.aspen: no luck\n"
 
 
+def test_warning_in_the_foreground_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    report(None, {"ready": True, "warning": "removed"})
+    assert capsys.readouterr().err == "mount.aspen: warning: removed\n"
+
+
 def test_children_of_the_daemon_do_not_keep_the_pipe_open() -> None:
     reader, writer = os.pipe()
     os.set_inheritable(writer, True)

@@ -50,6 +50,7 @@ class Node(Mount):
         super().__init__(options, deadline_s=deadline_s)
         self.number, self.network = number, network
         self.paused = False
+        self.said = ""  # at its last start, on stderr
         self.left: list[subprocess.Popen[bytes]] = []  # commands that did not end in time
         self.extra: dict[str, str] = {}  # environment of the daemon
         self.releases: list[Callable[[], object]] = []  # called when it has ended for good
@@ -149,7 +150,7 @@ class Node(Mount):
         chosen = self.options if options is None else options
         wanted = ",".join(filter(None, [f"state_dir={self.state}", chosen]))
         command = [sys.executable, "-m", "aspenfs.cli.mount", spec, str(self.mountpoint), "-o", wanted]
-        self.run(*command)
+        self.said = self.run(*command).stderr.decode()
         self._started()
         return self
 

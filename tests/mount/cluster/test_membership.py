@@ -205,6 +205,7 @@ def test_member_that_was_removed_gets_nothing_any_more(cluster: Cluster, strange
     cluster.wait_for(lambda: "was removed" in str((stranger.status() or {}).get("problems")))
     stranger.kill()
     stranger.start("consistency=stale")  # what it has is its own; but it is no member
+    assert "warning: this node was removed from the cluster" in stranger.said
     cluster.wait_for(lambda: "was removed" in str((stranger.status() or {}).get("problems")))
     second.sh("echo late > kv/late")
     assert "late" not in stranger.sh("ls kv")
