@@ -24,6 +24,7 @@ from aspenfs.kv.types import Compare, Event, Operation, compare_mod_revision, pu
 from aspenfs.limits import LEARNER_LAG_MAX, PROPOSAL_TIMEOUT_MS, TICK_MS
 from aspenfs.runtime.consensus import Consensus
 from aspenfs.runtime.peers.admission import Newcomer
+from aspenfs.runtime.peers.network import REMOVED
 
 logger = logging.getLogger(__name__)
 
@@ -201,12 +202,23 @@ class Members:
         await self._change(ChangeKind.ADD_LEARNER, node)
 
     async def remove(self, node: int) -> None:
-        """The node is out for ever; its id is never admitted again."""
+        """The node is out for ever; its id is never admitted again. May be done again.
+
+        This node itself hands leadership over, and does no more: NotLeader. Without a vote it could not
+        write its row any more.
+        """
         self._lead()
+        own = self._consensus.replica.raft.node_id
         configuration = self.configuration
         if configuration.voters == (node,):
             raise errors.InvalidArgument("the only voter cannot be removed")
         await self._check_rest(node)
+        if node == own:
+            heir = self._heir()
+            if heir is None:
+                raise errors.Busy(f"node {node} leads, and no other voter is there to take over")
+            await self.lead(heir)
+            raise errors.NotLeader(leader=heir)
         if self.role(node) != "none":
             await self._change(ChangeKind.REMOVE, node)
         await self._write(node, state="removed", promote=False)
@@ -230,17 +242,22 @@ class Members:
     async def step_down(self) -> None:
         """Before this node stops: if it leads and another voter could, that one does, so that nobody has to
         wait for an election. As far as that works within a second or two."""
-        raft = self._consensus.replica.raft
         if not self._consensus.leading:
             return
-        active = [(each.match, node) for node, each in raft.progress().items()
-                  if each.active and node != raft.node_id and node in self.configuration.voters]  # fmt: skip
-        if active:
+        heir = self._heir()
+        if heir is not None:
             with trio.move_on_after(_STEP_DOWN_S):
                 try:
-                    await self.lead(max(active)[1])
+                    await self.lead(heir)
                 except errors.AspenError as error:
                     logger.info("leadership was not handed over: %s", error)
+
+    def _heir(self) -> int | None:
+        """As the leader: of the other voters that are there, the one that has most of the log."""
+        raft = self._consensus.replica.raft
+        active = [(each.match, node) for node, each in raft.progress().items()
+                  if each.active and node != raft.node_id and node in self.configuration.voters]  # fmt: skip
+        return max(active)[1] if active else None
 
     def _lead(self) -> None:
         raft = self._consensus.replica.raft
@@ -286,6 +303,9 @@ class Members:
 
     async def change(self, act: Act, node: int) -> None:
         """Does it here if this node leads, else asks the leader to."""
+        if act == "remove":
+            await self._remove_patiently(node)
+            return
         for _ in range(3):
             try:
                 await self._do(act, node)
@@ -299,6 +319,34 @@ class Members:
                     return
             await trio.sleep(TICK_MS / 1000)
         raise errors.NotLeader("leadership moves about: try again")
+
+    async def _remove_patiently(self, node: int) -> None:
+        """Removing may take two leaders: one that goes hands over first. It may be done again, so
+        whatever became of a request, the leader that is there now is asked."""
+        raft = self._consensus.replica.raft
+        end = trio.current_time() + PROPOSAL_TIMEOUT_MS / 1000
+        while True:
+            failure: errors.AspenError
+            try:
+                if self._consensus.leading:
+                    await self.remove(node)
+                    return
+                if self.requests is not None and self.leader not in (0, raft.node_id):
+                    await self.requests.request(NodeId(self.leader), CHANGE, ["remove", node],
+                                                timeout_s=2 * PROPOSAL_TIMEOUT_MS / 1000)  # fmt: skip
+                    return
+                failure = errors.NoQuorum("there is no leader now: `aspen status` says why")
+            except errors.NotLeader as error:
+                failure = error
+            except errors.PeerUnreachable as error:
+                if node != raft.node_id:
+                    raise
+                if REMOVED in str(error):
+                    return  # the connections of this node end before the answer comes
+                failure = error
+            if trio.current_time() > end:
+                raise failure
+            await trio.sleep(TICK_MS / 1000)
 
     async def answer(self, sender: NodeId, body: Any) -> None:
         """The request `member.change` of another node."""
@@ -326,7 +374,8 @@ class Members:
         """Before a voter leaves that may be the only one with some chunk: those that stay have all of them.
         One that does not answer any more has nothing to give."""
         progress = self._consensus.replica.raft.progress().get(leaving)
-        if not self.is_voter(leaving) or progress is None or not progress.active:
+        own = leaving == self._consensus.replica.raft.node_id
+        if not self.is_voter(leaving) or progress is None or not (progress.active or own):
             return
         for node in self.configuration.voters:
             if node != leaving:

@@ -216,6 +216,25 @@ def test_member_that_was_removed_gets_nothing_any_more(cluster: Cluster, strange
     assert "no member 'n4'" in first.refused("member", "demote", "n4")
 
 
+@pytest.mark.parametrize("asked", ["the leader", "another"])
+def test_leader_is_removed_and_its_host_joins_again_under_its_name(own_cluster: Cluster, asked: str) -> None:
+    cluster = own_cluster.start()
+    leader = cluster.wait_leader()
+    name, others = f"n{leader.number}", [node for node in cluster if node is not leader]
+    others[0].sh("echo kept > files/kept")
+    node = leader if asked == "the leader" else others[0]
+    assert "is removed" in node.aspen("member", "remove", name).decode()  # the first time
+    cluster.wait_for(lambda: "was removed" in str((leader.status() or {}).get("problems")))
+    for other in others:
+        assert sorted(members(other).values()) == ["leader", "voter"]
+    cluster.wait_for(lambda: all((other.status() or {}).get("problems") == [] for other in others))
+    wipe(leader)
+    leader.join(cluster.ticket())
+    cluster.wait_healthy()
+    assert leader.sh("cat files/kept") == "kept\n"
+    assert sorted(members(leader)) == ["n1", "n2", "n3"]
+
+
 def test_node_whose_log_is_lost_is_refused_and_can_be_replaced(cluster: Cluster) -> None:
     first, _, third = cluster
     first.sh("echo kept > files/after-loss")
