@@ -27,6 +27,7 @@ class BlobFacts(NamedTuple):
 
     missing: int = 0  # here; they are being fetched
     unavailable: int = 0  # of these no node that is reached has one
+    waiting_for_room: int = 0  # these are on others, and do not fit on the disk here
 
 
 class StateFacts(NamedTuple):
@@ -71,6 +72,8 @@ def describe_cluster(facts: ClusterFacts, now_ns: int) -> Told:
         problems.append(problem)
     if blobs.unavailable:
         problems.append(_unavailable(blobs.unavailable))
+    if blobs.waiting_for_room:
+        problems.append(_waiting_for_room(blobs.waiting_for_room))
     shown = [for_readers(row) for row in rows if row["state"] != "removed"]
     fields: dict[str, Any] = {
         "node": facts.node,
@@ -134,4 +137,12 @@ def _unavailable(count: int) -> Problem:
     return Problem(
         f"{count} chunks of files are on no node that is reached: reading those files gives EIO",
         "start the nodes that are down: one of them has the chunks",
+    )
+
+
+def _waiting_for_room(count: int) -> Problem:
+    """The count changes all the time; the cause is the same as long as it lasts."""
+    return Problem(
+        "this node's disk is full: chunks of files are to be fetched when there is room",
+        f"make room on it: {count} are waiting; meanwhile those files are read from the other nodes",
     )

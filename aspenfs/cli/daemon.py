@@ -216,7 +216,7 @@ class Node:
 
     def _blob_facts(self) -> BlobFacts:
         told = self.replicator.status()
-        return BlobFacts(told.missing, told.unavailable)
+        return BlobFacts(told.missing, told.unavailable, told.waiting_for_room)
 
     # --- coherence ---
 

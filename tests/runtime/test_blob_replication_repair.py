@@ -132,6 +132,48 @@ def test_what_nobody_has_is_counted_and_comes_when_somebody_has_it() -> None:
     run(test)
 
 
+def test_what_does_not_fit_on_the_disk_is_not_said_to_be_nowhere_and_comes_once_there_is_room() -> None:
+    async def test() -> None:
+        async with cluster(3) as nodes:
+            node = nodes[3]
+            nodes.network.down.add(3)
+            for number in range(3):
+                await nodes[1].create(b"%d" % number, chunk(number))
+            nodes.network.delay_s = {1: 0.2, 2: 0.2}
+            nodes.network.down.remove(3)
+            await until(lambda: nodes.network.asked(1, wire.GET) + nodes.network.asked(2, wire.GET) > 0, 5)
+            node.full = True  # while they are on their way
+            await trio.sleep(40)
+            status = node.replicator.status()
+            assert (status.missing, status.unavailable, status.waiting_for_room) == (3, 0, 3)
+            assert status.repaired == 0
+            assert await node.read(b"0") == chunk(0)
+            node.full = False
+            await until(lambda: node.has(*map(chunk, range(3))), 4)
+            await until(lambda: node.replicator.status().is_complete, 2)
+            assert node.replicator.status().waiting_for_room == 0
+            assert node.replicator.status().repaired == 3
+
+    run(test)
+
+
+def test_what_nobody_has_stays_so_while_the_disk_is_full() -> None:
+    async def test() -> None:
+        async with cluster(3) as nodes:
+            nodes.network.down.add(3)
+            await nodes[1].create(b"f", chunk(1))
+            for number in (1, 2):
+                nodes[number].blobs.delete([digest_of(chunk(1))])
+            nodes.network.down.remove(3)
+            await until(lambda: nodes[3].replicator.status().unavailable == 1, 5)
+            nodes[3].full = True
+            await trio.sleep(2 * repair.RETRY_S)
+            status = nodes[3].replicator.status()
+            assert (status.unavailable, status.waiting_for_room) == (1, 0)
+
+    run(test)
+
+
 def test_what_is_named_no_more_is_not_fetched() -> None:
     async def test() -> None:
         async with cluster(3) as nodes:

@@ -6,7 +6,7 @@ for the same chunk. What arrives is compared with its digest and kept; a damaged
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import trio
 
@@ -30,15 +30,22 @@ WANTS_MAX: Final = 1_024  # more are not fetched ahead
 class _Want:
     """A chunk that is being fetched, and who waits for it."""
 
-    __slots__ = ("answers", "data", "digest", "done", "found", "started", "waiting")
+    __slots__ = ("answers", "data", "digest", "done", "found", "kept", "started", "waiting")
 
     def __init__(self, digest: bytes) -> None:
         self.digest = digest
         self.done = trio.Event()
-        self.found = self.started = False
+        self.found = self.kept = self.started = False
         self.data: bytes | None = None  # for those who wait
         self.waiting = 0
         self.answers: list[str] = []  # of those who did not have it
+
+
+class Lacking(NamedTuple):
+    """Of chunks that were to be fetched, those that are not here, and why."""
+
+    nowhere: list[bytes]  # nobody who was asked has them
+    no_room: list[bytes]  # somebody does, and this node's disk does not take them
 
 
 class Fetcher:
@@ -89,14 +96,17 @@ class Fetcher:
             )
         return want.data
 
-    async def fill(self, digests: Iterable[bytes]) -> list[bytes]:
-        """Fetches these in the background; those that nobody has."""
+    async def fill(self, digests: Iterable[bytes]) -> Lacking:
+        """Fetches these in the background."""
         digests = list(digests)
         self._in_background([digest for digest in digests if digest not in self._wants])
         wants = [self._wants[digest] for digest in digests if digest in self._wants]
         for want in wants:
             await want.done.wait()
-        return [want.digest for want in wants if not want.found]
+        return Lacking(
+            nowhere=[want.digest for want in wants if not want.found],
+            no_room=[want.digest for want in wants if want.found and not want.kept],
+        )
 
     def _want(self, digest: bytes) -> _Want:
         want = self._wants[digest] = _Want(digest)
@@ -196,7 +206,7 @@ class Fetcher:
         self.fetched_chunks += 1
         if want.waiting:
             want.data = data
-        want.found = self._keep(want.digest, data)
+        want.found, want.kept = True, self._keep(want.digest, data)
         self._end(want)
 
     def _keep(self, digest: bytes, data: bytes) -> bool:

@@ -25,6 +25,7 @@ from aspenfs.runtime.blob_replication.fetch import Fetcher
 logger = logging.getLogger(__name__)
 
 DELAY_S: Final = 1.0  # what was named just now may still be on its way here
+NO_ROOM_S: Final = 1.0  # what was refused by this node's disk is fetched again, if there is room by then
 RETRY_S: Final = 30.0  # what nobody has is asked for again, or when a node comes
 LOOK_S: Final = 0.5  # who is connected is looked at so often, while something is missing
 BATCH: Final = 32  # chunks fetched at a time
@@ -45,6 +46,7 @@ class Repair:
         self._missing: dict[bytes, float] = {}  # when to fetch it, trio's time; the first to come first
         self._unavailable: dict[bytes, None] = {}  # nobody who was asked has it
         self._retry_at = 0.0
+        self._no_room = False  # the last batch was more than the disk takes
         self._seen: Set[int] = frozenset()
         self._position: bytes | None = None  # of the walk: behind this digest; None: not walking
         self._overlooked = False
@@ -62,6 +64,11 @@ class Repair:
     @property
     def unavailable(self) -> int:
         return len(self._unavailable)
+
+    @property
+    def waiting_for_room(self) -> int:
+        """Missing, and not fetched as long as this node's disk is full."""
+        return len(self._missing) if self._no_room or not self._fetcher.has_room() else 0
 
     @property
     def walked(self) -> float:
@@ -130,14 +137,16 @@ class Repair:
                 await self._woken()
             return
         began = trio.current_time()
-        not_found = await self._fetcher.fill(batch)
+        nowhere, no_room = await self._fetcher.fill(batch)
         for digest in batch:
             self._missing.pop(digest, None)
-        if not_found:
-            logger.info("blobs=%d are on no node that is connected", len(not_found))
-            self._unavailable.update(dict.fromkeys(not_found))
+        if nowhere:
+            logger.info("blobs=%d are on no node that is connected", len(nowhere))
+            self._unavailable.update(dict.fromkeys(nowhere))
             self._retry_at = trio.current_time() + RETRY_S
-        self.repaired += len(batch) - len(not_found)
+        self._missing.update(dict.fromkeys(no_room, trio.current_time() + NO_ROOM_S))
+        self._no_room = bool(no_room)
+        self.repaired += len(batch) - len(nowhere) - len(no_room)
         if self._overlooked and not self._missing:
             self.walk()
         if self._is_busy():
@@ -167,6 +176,8 @@ class Repair:
 
     def _try_again(self) -> None:
         """Those that nobody had, once somebody came, or after a while."""
+        if not self._fetcher.has_room():
+            return
         connected = frozenset(self._connected())
         if self._unavailable and (connected - self._seen or trio.current_time() >= self._retry_at):
             self._missing.update(dict.fromkeys(self._unavailable, trio.current_time()))

@@ -36,10 +36,12 @@ _BUSY_NS: Final = 10**9  # since somebody read or wrote
 
 class ReplicationStatus(NamedTuple):
     """`missing` chunks are named and not here, as far as is known: all of them once `walked` is 1.
-    Of those `unavailable` are on no node that answers. Counters count since the start."""
+    Of those `unavailable` are on no node that answers, `waiting_for_room` wait for this node's disk.
+    Counters count since the start."""
 
     missing: int
     unavailable: int
+    waiting_for_room: int
     walked: float  # 0 to 1: how far the search for missing chunks is
     repaired: int
     fetching: int
@@ -199,6 +201,7 @@ class BlobReplicator:
         return ReplicationStatus(
             missing=repair.missing,
             unavailable=repair.unavailable,
+            waiting_for_room=repair.waiting_for_room,
             walked=repair.walked,
             repaired=repair.repaired,
             fetching=fetcher.under_way,
