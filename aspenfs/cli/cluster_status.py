@@ -61,7 +61,7 @@ def describe_cluster(facts: ClusterFacts, now_ns: int) -> Told:
     members, consensus, peering = facts.members, facts.consensus, facts.peering
     raft = consensus.replica.raft
     rows = cluster_view.member_rows(members, facts.lags, peering.network, facts.node)
-    problems = cluster_view.problems(rows, raft.configuration, raft.leader, facts.node)
+    problems = cluster_view.problems(rows, raft.configuration, raft.leader, facts.node, now_ns)
     verdict, quarantine = facts.states()
     name = partial(cluster_view.name_of, members)
     problems = cluster_view.state_problems(verdict, quarantine, facts.node, name) + problems

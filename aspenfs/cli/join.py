@@ -13,6 +13,7 @@ import click
 import trio
 
 from aspenfs import errors
+from aspenfs.cli import mount
 from aspenfs.cli.aspen import Settings
 from aspenfs.cli.client import Client
 from aspenfs.cli.founding import Making, NodeOptions, Wanted, node_options
@@ -29,6 +30,7 @@ from aspenfs.runtime.system import SystemClock, SystemEntropy
 
 _ASK_S = 10.0  # in all, while the cluster does not answer: it may be electing a leader
 _PATIENCE_S = 60.0  # without getting any nearer
+_UNREACHED_S = 30.0  # admitted, and nobody comes
 _LOOK_S = 0.2
 _LINE_MAX = 10_000  # more than any ticket has
 # A cluster that says one of these may say yes a little later.
@@ -91,7 +93,7 @@ def _become_member(wanted: Wanted, ticket: Ticket, learner: bool, reporter: "_Jo
         making.hand_over()
         reporter.say(f"admitted as node {joined.identity.node_id}; mounting")
         try:
-            wanted.mount(lambda: _look(wanted, reporter))
+            wanted.mount(_Mounting(wanted, reporter))
         except Failure as failure:
             failure.advice = (
                 f"this host is a member already: mount -t aspen {joined.identity.name} "
@@ -143,13 +145,51 @@ def _in_step(row: Mapping[str, Any], learner: bool) -> bool:
     return row["role"] in ("voter", "leader")
 
 
-def _look(wanted: Wanted, reporter: "_Joining") -> dict[str, Any] | None:
-    """What the new node says of itself; None while it does not answer yet."""
+class _Mounting:
+    """Called while the mount waits for its first state: that comes from the leader, which must find the way
+    here. Refused when it does not."""
+
+    def __init__(self, wanted: Wanted, reporter: "_Joining") -> None:
+        self._wanted, self._reporter = wanted, reporter
+        self._since: float | None = None  # it listens
+        self._reached = False
+
+    def __call__(self) -> None:
+        status = _status(self._wanted)
+        if status is None:
+            return
+        _show(status, self._reporter)
+        self._reached = self._reached or bool(status.get("leader") or status.get("snapshot"))
+        now = time.monotonic()
+        self._since = self._since or now
+        if not self._reached and now - self._since > _UNREACHED_S:
+            where = " ".join(self._wanted.settings.advertise)
+            raise mount.Refused(
+                mount.ExitCode.MOUNT_FAILED,
+                f"no leader has reached this host in {_UNREACHED_S:g} s: the daemon was stopped. The others "
+                f"look for it at {where}; if it is found elsewhere, mount it with -o advertise=HOST:PORT; "
+                "else see whether a firewall is in the way, and what aspen status says on another member",
+            )
+
+
+def _status(wanted: Wanted) -> Mapping[str, Any] | None:
+    """Of the new node; None while it does not answer yet."""
     try:
         with Client(str(wanted.directory.control_socket), timeout_s=5) as client:
-            status = client.call("status").result
+            found: Mapping[str, Any] = client.call("status").result
     except errors.ControlError:
         return None
+    return found
+
+
+def _look(wanted: Wanted, reporter: "_Joining") -> dict[str, Any] | None:
+    """What the new node says of itself; None while it does not answer yet."""
+    status = _status(wanted)
+    return _show(status, reporter) if status is not None else None
+
+
+def _show(status: Mapping[str, Any], reporter: "_Joining") -> dict[str, Any] | None:
+    """The row of the new node."""
     row = next((row for row in status.get("members", ()) if row.get("state") == "here"), None)
     reporter.show(row, status.get("snapshot"))
     return row

@@ -146,7 +146,8 @@ def check(options: MountOptions) -> MountOptions:
 def start(options: MountOptions, meanwhile: Callable[[], object] | None = None) -> None:
     """Mounts the node that is in the state directory, and returns when the mount answers. Refused.
 
-    `meanwhile` is called some times a second until then. `options` are those that `check` returned.
+    `meanwhile` is called some times a second until then; the daemon ends if it raises Refused. `options` are
+    those that `check` returned.
     """
     _start_daemon(options, _prepare_state(options), meanwhile)
 
@@ -385,6 +386,10 @@ def _start_daemon(
         child.terminate()
         child.wait()
         raise Refused(ExitCode.MOUNT_FAILED, "interrupted; the daemon was stopped") from None
+    except Refused:
+        child.terminate()
+        child.wait()
+        raise
     if report is None:
         raise Refused(ExitCode.MOUNT_FAILED, _death_of(child.wait(), directory.log))
     if not report.get("ready"):

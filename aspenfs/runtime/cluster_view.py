@@ -28,6 +28,7 @@ _NO_LEADER: Final = (
     "aspen status on each of them"
 )
 _LOST: Final = "start it again, or mend the network; if it is lost for good"
+_LEARNER_NS: Final = 10 * _NS_PER_S  # one that joins is admitted before it listens
 _GETTING_WELL: Final = "that is done by itself; aspen status there tells how far it is"
 _NOT_WELL: Final = "if that does not come: are they connected, and what does daemon.log say?"
 _NOBODY_KNOWS: Final = (
@@ -126,7 +127,8 @@ def quorum(configuration: Configuration, reached: Set[int]) -> Quorum:
     return Quorum(len(voters), tuple(sorted(voters - reached)), held)
 
 
-def problems(rows: Sequence[Row], configuration: Configuration, leader: int, own: int) -> list[Problem]:
+def problems(rows: Sequence[Row], configuration: Configuration, leader: int, own: int,
+             now_ns: int) -> list[Problem]:  # fmt: skip
     """What is wrong with the members, the worst first. Empty for a node alone."""
     by_node = {row["id"]: row for row in rows}
     own_row = by_node.get(own, {})
@@ -144,7 +146,20 @@ def problems(rows: Sequence[Row], configuration: Configuration, leader: int, own
     if names:
         advice = f"{_LOST}: aspen member remove {names[0]}, then join another one"
         told.append(Problem(f"{lost}; writes go on", advice))
+    learners = {*configuration.learners, *configuration.learners_next}
+    told += [_lost_learner(row) for row in rows
+             if row["id"] in learners and row["state"] == "unreachable"
+             and row["since_ns"] is not None and now_ns - row["since_ns"] > _LEARNER_NS]  # fmt: skip
     return told
+
+
+def _lost_learner(row: Row) -> Problem:
+    name, where = row["name"], " ".join(row["addresses"])
+    return Problem(
+        f"the learner {name} is unreachable at {where}: it gets nothing, and is not promoted",
+        "start it, or mend the network; if it is found elsewhere, mount it with -o advertise=HOST:PORT; if "
+        f"it is lost for good: aspen member remove {name}",
+    )
 
 
 def state_problems(verdict: Verdict | None, marker: Quarantine | None, own: int,

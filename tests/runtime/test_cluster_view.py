@@ -8,10 +8,12 @@ from aspenfs.cluster.types import Configuration
 from aspenfs.runtime.cluster_view import certificate_problem, problems, quorum
 
 DAY_NS = 86_400 * 1_000_000_000
+NOW_NS = 50 * 365 * DAY_NS
 
 
 def row(node: int, state: str) -> dict[str, Any]:
-    return {"id": node, "name": f"n{node}", "role": "voter", "state": state, "lag": 0, "addresses": []}
+    return {"id": node, "name": f"n{node}", "role": "voter", "state": state, "lag": 0, "addresses": [],
+            "since_ns": None}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -34,39 +36,47 @@ def test_a_quorum_is_a_majority_of_each_half(
 
 
 def test_a_node_alone_and_a_whole_cluster_have_no_problems() -> None:
-    assert problems([row(1, "here")], Configuration((1,)), 1, 1) == []
+    assert problems([row(1, "here")], Configuration((1,)), 1, 1, NOW_NS) == []
     rows = [row(1, "here"), row(2, "connected"), row(3, "connected")]
-    assert problems(rows, Configuration((1, 2, 3)), 2, 1) == []
+    assert problems(rows, Configuration((1, 2, 3)), 2, 1, NOW_NS) == []
 
 
 def test_a_voter_that_is_lost_is_named_and_writes_go_on() -> None:
     rows = [row(1, "here"), row(2, "connected"), row(3, "unreachable")]
-    (problem,) = problems(rows, Configuration((1, 2, 3)), 1, 1)
+    (problem,) = problems(rows, Configuration((1, 2, 3)), 1, 1, NOW_NS)
     assert problem.cause == "1 of 3 voters unreachable: n3; writes go on"
     assert "aspen member remove n3" in problem.advice
 
 
 def test_without_a_majority_that_is_the_only_problem_worth_telling() -> None:
     rows = [row(1, "here"), row(2, "unreachable"), row(3, "unreachable")]
-    (problem,) = problems(rows, Configuration((1, 2, 3)), 0, 1)
+    (problem,) = problems(rows, Configuration((1, 2, 3)), 0, 1, NOW_NS)
     assert problem.cause == "no quorum: 2 of 3 voters unreachable: n2, n3"
     assert "consistency=stale" in problem.advice
 
 
 def test_a_cluster_without_a_leader_says_so_though_all_are_there() -> None:
     rows = [row(1, "here"), row(2, "connected"), row(3, "connected")]
-    assert [problem.cause for problem in problems(rows, Configuration((1, 2, 3)), 0, 1)] == ["no leader"]
+    (problem,) = problems(rows, Configuration((1, 2, 3)), 0, 1, NOW_NS)
+    assert problem.cause == "no leader"
 
 
 def test_a_node_that_was_removed_is_told_so_and_nothing_else() -> None:
     rows = [row(1, "removed"), row(2, "unreachable"), row(3, "unreachable")]
-    (problem,) = problems(rows, Configuration((2, 3)), 0, 1)
+    (problem,) = problems(rows, Configuration((2, 3)), 0, 1, NOW_NS)
     assert problem.cause == "this node was removed from the cluster"
 
 
-def test_learners_that_are_lost_trouble_nobody() -> None:
-    rows = [row(1, "here"), row(2, "unreachable")]
-    assert problems(rows, Configuration((1,), learners=(2,)), 1, 1) == []
+def test_a_learner_that_is_lost_is_told_of_after_a_while_and_where_it_is_looked_for() -> None:
+    configuration = Configuration((1,), learners=(2,))
+    lost = {**row(2, "unreachable"), "addresses": ["192.0.2.2:7420"]}
+    for since_ns in (None, NOW_NS - 1_000_000_000):
+        assert problems([row(1, "here"), {**lost, "since_ns": since_ns}], configuration, 1, 1, NOW_NS) == []
+    rows = [row(1, "here"), {**lost, "since_ns": NOW_NS - 20_000_000_000}]
+    (problem,) = problems(rows, configuration, 1, 1, NOW_NS)
+    assert problem.cause.startswith("the learner n2 is unreachable at 192.0.2.2:7420")
+    assert "advertise=" in problem.advice
+    assert "aspen member remove n2" in problem.advice
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from aspenfs.runtime import identity
 from aspenfs.runtime.peers import credentials
 from aspenfs.runtime.system import SystemEntropy
 from tests.mount.clusters import NAME, Cluster, Node
+from tests.mount.mounting import alive
 
 pytestmark = pytest.mark.mount
 
@@ -131,6 +132,25 @@ def test_node_that_reaches_nobody_says_whom_it_tried(cluster: Cluster, stranger:
     said = refused_join(stranger, ticket)
     for node in cluster:
         assert cluster.network.advertise(node.number) in said
+
+
+def test_join_to_an_address_where_nobody_finds_it_ends_and_is_mended_by_a_mount(
+    cluster: Cluster, stranger: Node
+) -> None:
+    nowhere, here = (cluster.network.advertise(number) for number in (5, stranger.number))
+    said = stranger.refused("join", cluster.ticket(), str(stranger.mountpoint), "--listen",
+                            cluster.network.listen(stranger.number), "--advertise", nowhere, "--name", "n4")
+    assert f"others look for it at {nowhere}" in said
+    assert "mount it with -o advertise=HOST:PORT" in said
+    assert not stranger.is_mounted()
+    assert not alive(int((stranger.state / "daemon.pid").read_text()))
+    leader = cluster.wait_leader()
+    cluster.wait_for(
+        lambda: f"the learner n4 is unreachable at {nowhere}" in str((leader.status() or {}).get("problems"))
+    )
+    stranger.start(f"advertise={here}")
+    cluster.wait_for(lambda: members(cluster[1])["n4"] == "voter")
+    cluster[1].insist("member", "remove", "n4")
 
 
 # --- state directories ---
