@@ -29,6 +29,7 @@ it is logged with its traceback and answered with EIO.
     │   ├── TicketMalformed EINVAL        ├── TicketExpired     EKEYEXPIRED
     │   ├── TicketUnknown   ENOKEY        ├── TicketUsed        EKEYREVOKED
     │   ├── ForeignCluster  EKEYREJECTED
+    │   ├── EntriesLost     EIO           (fatal for the process)
     │   └── Diverged        EIO
     ├── ControlError                      (between a daemon and its clients)
     │   ├── Unreachable     ENOTCONN      ├── ProtocolError     EPROTO
@@ -265,6 +266,12 @@ class ForeignCluster(ClusterError):
     """Who answers does not belong to the cluster that was expected."""
 
     errno = _errno.EKEYREJECTED
+
+
+class EntriesLost(ClusterError):
+    """What was committed, or promised to be kept, is gone on a node: nothing must be built upon that."""
+
+    errno = _errno.EIO
 
 
 class Diverged(ClusterError):

@@ -32,6 +32,7 @@ from aspenfs.fuse import mounts
 from aspenfs.runtime import identity
 
 _FREE_SHARE_MIN = 0.05  # of the disk under the state directory
+_TAIL_BYTES = 4096  # of daemon.log, for its last line
 # Said already in other words, or meant for programs.
 _NOT_SHOWN = ("health", "problems", "metrics", "figures", "members", "events")
 
@@ -121,10 +122,25 @@ def _not_running(directory: StateDirectory, cause: str) -> Problem:
     if cluster is None:
         return Problem(f"no node here yet: {directory.path} holds no cluster", make)
     start = f"start one: mount -t aspen {cluster.name} MOUNTPOINT"
+    if words := _last_error(directory.log):
+        return Problem(f"no daemon runs: the last one ended with an error: {words}",
+                       f"{directory.log} has more; when that is settled, {start}")
     if pid is not None:
         return Problem(f"no daemon runs: {who} was killed or failed",
                        f"{directory.log} has its last words; {start}: what was written is kept")
     return Problem(f"no daemon runs on {directory.path}", start)
+
+
+def _last_error(log: Path) -> str:
+    """What the daemon that wrote this log ended with; empty if it ended in peace, or was killed."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    _, found, words = lines[-1].partition(" ERROR __main__ ") if lines else ("", "", "")
+    return words if found else ""
 
 
 def _locked(path: Path) -> bool:

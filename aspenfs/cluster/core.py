@@ -14,8 +14,9 @@ says what is not.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, NoReturn
 
+from aspenfs import errors
 from aspenfs.cluster.log import RaftLog
 from aspenfs.cluster.messages import Message, MessageType
 from aspenfs.cluster.progress import Inflights, Progress
@@ -27,6 +28,18 @@ FOLLOWER: Final = Role.FOLLOWER
 PRE_CANDIDATE: Final = Role.PRE_CANDIDATE
 CANDIDATE: Final = Role.CANDIDATE
 LEADER: Final = Role.LEADER
+
+# What is to be done when entries were lost: `_stop`.
+LOST_HERE: Final = (
+    "This node has lost entries that it had promised to keep: it was started from an old copy of its state "
+    "directory, or its disk lost what it had synced. It must not come back under its old id: remove the old "
+    "member (`aspen member remove`), empty the directory, and join again with a new ticket (`aspen join`)"
+)
+LOST_ELSEWHERE: Final = (
+    "Probably a node was started from an old copy of its state directory, or a disk lost what it had synced. "
+    "Stop all nodes and keep their state directories. Then `aspen recover --force-new-cluster` on the node "
+    "that has most, or restore a backup, and let the others join anew with empty directories"
+)
 
 _new = tuple.__new__
 
@@ -99,6 +112,7 @@ class Core:
         self._wanted: Snapshot | None = None  # is being fetched
         self._wanted_due = False  # the owner does not know yet
         self.suspended = False  # set by the owner: its state is not to be built upon, nothing is handed out
+        self.stopped: errors.EntriesLost | None = None  # if so, nothing is taken in or handed out any more
 
         self._messages: list[Message] = []
         self._messages_after_sync: list[Message] = []
@@ -166,6 +180,11 @@ class Core:
         self.role = FOLLOWER
         self.leader = leader
         self._alone = False
+
+    def _stop(self, cause: str) -> NoReturn:
+        """Committed entries are lost, here or elsewhere: this node says and does nothing any more."""
+        self.stopped = errors.EntriesLost(cause)
+        raise self.stopped
 
     # --- outbox ---
 

@@ -3,12 +3,13 @@
 Not here: whether the sender may lead (terms are checked in `raft.py`), fetching a snapshot (the owner's).
 """
 
+from collections.abc import Sequence
 from typing import Final
 
-from aspenfs.cluster.core import FOLLOWER, LEADER
+from aspenfs.cluster.core import FOLLOWER, LEADER, LOST_ELSEWHERE, LOST_HERE
 from aspenfs.cluster.election import Election
 from aspenfs.cluster.messages import TELL_HELD, Message, MessageType
-from aspenfs.cluster.types import NOBODY, Snapshot
+from aspenfs.cluster.types import NOBODY, Entry, Snapshot
 
 _APP_RESP: Final = MessageType.APP_RESP
 _HEARTBEAT_RESP: Final = MessageType.HEARTBEAT_RESP
@@ -32,13 +33,15 @@ class Following(Election):
             # The log will be replaced. What it took now and acknowledged would be lost with it.
             return
         if index < log.committed:
-            self._acknowledge(log.committed)
+            if self._is_complete(message, index, message.log_term, entries):
+                self._acknowledge(log.committed)
             return
         if entries and log.unapplied_bytes > self._bounds.unapplied:
             return  # as if it had been lost: the leader tries again, when this node has applied more
         last = log.maybe_append(index, message.log_term, entries, self.term)
         if last is None:
-            self._refuse(message)
+            if index > log.committed or self._is_complete(message, index, message.log_term, ()):
+                self._refuse(message)
             return
         if message.context == TELL_HELD:
             self._send(_HELD, message.sender, index=last)  # leaves when it is written, before it is synced
@@ -47,6 +50,29 @@ class Following(Election):
         # nothing from an answer. If that acknowledgement was lost, its heartbeats find out.
         if entries or not told or last > self._acknowledged:
             self._acknowledge(last)
+
+    def _is_complete(self, message: Message, index: int, log_term: int, entries: Sequence[Entry]) -> bool:
+        """Whether the sender leads as one who has what is committed here (Leader Completeness, Raft §5.4).
+
+        EntriesLost if its log, of which (index, log_term) and `entries` are a part, has something else
+        there: it, and those who elected it, have lost that. False for a leader whom a later one has
+        followed: from that one comes what is committed here, with a state that this node has fetched.
+        """
+        log = self.log
+        term = log.term_at(log.committed)
+        assert term is not None, "the term of the last committed entry is known"
+        if term > message.term:
+            return False
+        lost = log.find_lost(index, log_term, entries)
+        if lost is not None:
+            first, theirs = lost
+            own = log.term_at(first)
+            self._stop(
+                f"entry {first} is committed here{'' if own is None else f', of term {own}'}; but node "
+                f"{message.sender}, the leader of term {message.term}, has another one there, of term "
+                f"{theirs}: it has lost entries up to {log.committed}, or never had them. {LOST_ELSEWHERE}"
+            )
+        return True
 
     def _acknowledge(self, index: int) -> None:
         """All up to `index` will be on disk when this turn is: one answer for all appends of a turn."""
@@ -70,7 +96,13 @@ class Following(Election):
         )
 
     def _on_heartbeat(self, message: Message) -> None:
-        self.log.commit_to(message.commit)
+        log = self.log
+        if message.commit > log.last_index:
+            self._stop(
+                f"node {message.sender}, the leader of term {message.term}, was promised the entries up to "
+                f"{message.commit}, and the log here ends at {log.last_index}. {LOST_HERE}"
+            )
+        log.commit_to(message.commit)
         wanted = self._wanted
         fetching = 0 if wanted is None else wanted.index
         self._send(_HEARTBEAT_RESP, message.sender, index=fetching, context=message.context)
@@ -83,7 +115,8 @@ class Following(Election):
         if self._wanted is not None:
             return  # one is being fetched; if that fails, the leader offers again
         if snapshot.index <= log.committed:
-            self._acknowledge(log.committed)
+            if self._is_complete(message, snapshot.index, snapshot.term, ()):
+                self._acknowledge(log.committed)
         elif log.matches(snapshot.index, snapshot.term):
             log.commit_to(snapshot.index)
             self._acknowledge(snapshot.index)
@@ -101,7 +134,8 @@ class Following(Election):
         self.snapshot_failed()
         self.log.reset(snapshot.index, snapshot.term)
         self._restore(snapshot.configuration)
-        if self.leader:
+        # Not to the leader of an earlier term than that of the state: its log may end before it.
+        if self.leader and snapshot.term <= self.term:
             self._acknowledge(snapshot.index)
 
     def keeps_log(self, snapshot: Snapshot) -> bool:

@@ -164,6 +164,21 @@ class RaftLog:
             position += 1
         return 0
 
+    def find_lost(self, index: int, log_term: int, entries: Sequence[Entry]) -> tuple[int, int] | None:
+        """(index, term) of what another log has where this one has another entry that is committed.
+
+        `entries` follow (index, log_term) there. Of what is compacted here, only this is known: along a log,
+        terms do not fall.
+        """
+        ended, compacted = self.committed, self.compacted
+        for position, term in ((index, log_term), *((entry.index, entry.term) for entry in entries)):
+            if position > ended:
+                break
+            own = self.term_at(position) if position >= compacted else None
+            if (own is None and term > self.compacted_term) or own not in (None, term):
+                return position, term
+        return None
+
     def _truncate(self, index: int, term: int) -> None:
         """Makes void what lies above `index`, on the word of a leader of `term`."""
         if index >= self.last_index:

@@ -5,7 +5,8 @@ Belongs here: what the owner calls, the rules of terms, handing out work. Its la
 
 The owner puts in messages, ticks and requests, then takes `ready` while `has_ready`, and carries out
 what it says in its order. Methods run in one thread, and none suspends. An AssertionError says that an
-invariant is broken, by this node's disk or by a program: the node must stop.
+invariant is broken, by this node's disk or by a program: the node must stop. So it must for EntriesLost,
+which says that some node has lost what was committed: from then on the core does nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -111,6 +112,8 @@ class Raft(Following):
 
     def tick(self) -> None:
         """The unit of time has passed."""
+        if self.stopped is not None:
+            return
         self._contact_elapsed += 1
         if self.role is LEADER:
             self._tick_leader()
@@ -118,7 +121,10 @@ class Raft(Following):
             self._tick_election()
 
     def step(self, message: Message) -> None:
-        """A message of another node, which is who it says it is. Any may be lost, late, or come twice."""
+        """A message of another node, which is who it says it is. Any may be lost, late, or come twice.
+        EntriesLost, and then each time."""
+        if self.stopped is not None:
+            raise self.stopped.with_traceback(None)
         if message.to != self.node_id or message.sender == self.node_id:
             return
         if message.reject and message.commit:
@@ -234,7 +240,7 @@ class Raft(Following):
     @property
     def has_ready(self) -> bool:
         log, known = self.log, self._hard_state
-        return bool(
+        return self.stopped is None and bool(
             self._messages
             or self._append_due
             or self._acknowledgement

@@ -50,7 +50,9 @@ class Replica(Noticing):
     # --- what others ask for ---
 
     def receive(self, message: Message) -> None:
-        """A message of another member, authenticated."""
+        """A message of another member, authenticated. EntriesLost: the node must stop."""
+        if self.raft.stopped is not None:
+            raise self.raft.stopped.with_traceback(None)
         kind = message.type
         if kind == MessageType.PROP:
             self._asks(message.sender)

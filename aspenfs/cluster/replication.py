@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Final
 
-from aspenfs.cluster.core import CANDIDATE, LEADER, Core
+from aspenfs.cluster.core import CANDIDATE, LEADER, LOST_ELSEWHERE, Core
 from aspenfs.cluster.messages import TELL_HELD, Message, MessageType
 from aspenfs.cluster.progress import Progress, ProgressState
 from aspenfs.cluster.quorum import VoteResult, joint_vote
@@ -178,7 +178,11 @@ class Replication(Core):
             return
         index, log = message.index, self.log
         if index > log.last_index:
-            return  # it speaks of a log that this leader does not have
+            # It got no such entry from this leader: it is committed, or was when this term began.
+            self._stop(
+                f"node {message.sender} has entries up to {index} that are committed, and the log of this "
+                f"leader of term {self.term} ends at {log.last_index}: here they are lost. {LOST_ELSEWHERE}"
+            )
         if not progress.maybe_update(index) and not (progress.match == index and progress.state is _PROBE):
             return
         if progress.state is _PROBE:

@@ -193,6 +193,9 @@ class Consensus:
             for message in messages:
                 if message.sender == sender:
                     self.replica.receive(message)
+        except errors.EntriesLost as error:
+            self._failed(error)
+            return
         except errors.AspenError as error:
             logger.info("a message was refused: %s", error)
         except Exception as error:

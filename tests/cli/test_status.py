@@ -123,6 +123,16 @@ def test_a_killed_daemon_is_told_from_a_stopped_one(directory: Path) -> None:
     assert "daemon.log" in output
 
 
+def test_what_a_daemon_ended_with_is_told(directory: Path) -> None:
+    log = directory / "daemon.log"
+    log.write_text("2026-01-01 00:00:00,000 ERROR __main__ entries are lost: join again\n")
+    output = status(directory, code=NOT_RUNNING).output
+    assert "ended with an error: entries are lost: join again\n" in output
+    with log.open("a") as file:
+        file.write("2026-01-01 00:00:01,000 INFO __main__ stopping signal=SIGTERM\n")
+    assert "entries are lost" not in status(directory, code=NOT_RUNNING).output
+
+
 def test_a_daemon_at_work_that_does_not_answer_is_told_from_one_that_ended(directory: Path) -> None:
     with StateLock.acquire(StateDirectory(directory)):
         output = status(directory, code=NOT_RUNNING).output

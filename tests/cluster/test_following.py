@@ -2,9 +2,11 @@
 
 import pytest
 
+from aspenfs import errors
 from aspenfs.cluster.messages import Message, MessageType
 from aspenfs.cluster.progress import ProgressState
-from aspenfs.cluster.types import Configuration, Entry, Role, Snapshot
+from aspenfs.cluster.raft import Raft
+from aspenfs.cluster.types import Configuration, Entry, HardState, Role, Snapshot
 from tests.cluster.network import Cluster, learn, remove
 
 ELECTION_TICKS, HEARTBEAT_TICKS = 14, 2
@@ -437,3 +439,88 @@ def test_two_leaders_of_one_term_stop_a_node() -> None:
         cluster[2].raft.step(Message(MessageType.HEARTBEAT, 2, 3, 1))
     with pytest.raises(AssertionError, match="both lead"):
         cluster[1].raft.step(Message(MessageType.APP, 1, 3, 1))
+
+
+# --- entries that are committed here and lost elsewhere ---
+
+
+def with_committed(*terms: int, compacted: int = 0) -> Raft:
+    """A follower of term 8 that has applied entries of these terms."""
+    entries = [Entry(each, index, 1, b"") for index, each in enumerate(terms, 1)]
+    return Raft(
+        1, Configuration((1, 2, 3)), hard_state=HardState(8, 0), entries=entries[compacted:],
+        base_index=compacted, base_term=terms[compacted - 1] if compacted else 0, applied=len(terms),
+        random=lambda _: 0,
+    )  # fmt: skip
+
+
+def append(index: int, log_term: int, *terms: int, term: int = 8) -> Message:
+    entries = [Entry(each, position, 1, b"") for position, each in enumerate(terms, index + 1)]
+    return Message(MessageType.APP, 1, 2, term, log_term=log_term, index=index, commit=0, entries=entries)
+
+
+LOST = [
+    (0, append(2, 3)),  # it follows another entry than the one here
+    (0, append(4, 3)),  # also where it is the last one that is committed
+    (0, append(1, 1, 3)),
+    (0, append(1, 1, 1, 1, 3)),
+    (3, append(3, 3)),  # the last one that is compacted
+    (3, append(2, 3)),  # no entry here is known; but none before the third is of a later term than that one
+    (3, append(1, 1, 3)),
+    (0, Message(MessageType.SNAP, 1, 2, 8, snapshot=Snapshot(3, 3, Configuration((1, 2, 3))))),
+]
+
+
+@pytest.mark.parametrize(("compacted", "message"), LOST)
+def test_a_leader_without_what_is_committed_here_stops_this_node(compacted: int, message: Message) -> None:
+    raft = with_committed(1, 1, 2, 2, compacted=compacted)
+    with pytest.raises(errors.EntriesLost, match=r"committed here.*recover --force-new-cluster"):
+        raft.step(message)
+    assert not raft.has_ready
+    raft.tick()
+    with pytest.raises(errors.EntriesLost):  # it says nothing any more, to nobody
+        raft.step(Message(MessageType.VOTE, 1, 3, 9, log_term=9, index=99))
+    assert not raft.has_ready
+
+
+@pytest.mark.parametrize(
+    ("compacted", "message"),
+    [
+        (0, append(0, 0, 1, 1, 2)),
+        (0, append(3, 2)),
+        (0, append(3, 2, 2, 3)),
+        (0, append(4, 2, 3)),
+        (2, append(1, 1, 1, 2)),
+        (3, append(0, 0, 1, 1, 2, 2, 2)),
+        (3, append(1, 1)),
+        (0, Message(MessageType.SNAP, 1, 2, 8, snapshot=Snapshot(3, 2, Configuration((1, 2, 3))))),
+        (3, Message(MessageType.SNAP, 1, 2, 8, snapshot=Snapshot(2, 1, Configuration((1, 2, 3))))),
+        (0, append(9, 8)),
+    ],
+)
+def test_what_agrees_with_what_is_committed_stops_nobody(compacted: int, message: Message) -> None:
+    raft = with_committed(1, 1, 2, 2, compacted=compacted)
+    for _ in range(2):
+        raft.step(message)
+        assert raft.ready().messages_after_sync
+
+
+def test_a_leader_of_an_earlier_term_than_the_fetched_state_is_not_answered() -> None:
+    """Its log may lack what the state has, and nothing is wrong: a later leader has committed that."""
+    raft = with_committed(1, 1)
+    raft.step(Message(MessageType.HEARTBEAT, 1, 2, 8))
+    assert not raft.keeps_log(Snapshot(20, 9, Configuration((1, 2, 3))))
+    raft.snapshot_installed(Snapshot(20, 9, Configuration((1, 2, 3))))
+    raft.step(append(3, 8, 8))
+    raft.step(append(20, 8))
+    assert not raft.ready().messages_after_sync
+    raft.step(append(10, 9, 9, term=9))
+    (answer,) = raft.ready().messages_after_sync
+    assert (answer.index, answer.reject) == (20, False)
+
+
+def test_a_node_that_has_less_than_it_has_acknowledged_stops() -> None:
+    raft = with_committed(1, 1)
+    with pytest.raises(errors.EntriesLost, match=r"old copy.*aspen join"):
+        raft.step(Message(MessageType.HEARTBEAT, 1, 2, 8, commit=3))
+    assert not raft.has_ready

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from aspenfs import errors
 from aspenfs.cluster.messages import Message, MessageType
 from aspenfs.cluster.progress import ProgressState
 from aspenfs.cluster.types import Entry, HardState
@@ -233,7 +234,7 @@ def test_a_follower_that_lost_acknowledged_entries_stops() -> None:
     leader.raft.tick()
     leader.pump()
     heartbeat = next(each for each in cluster.mail if each.to == 2)
-    with pytest.raises(AssertionError, match="it has lost entries"):
+    with pytest.raises(errors.EntriesLost, match="the log here ends at 1"):
         cluster.deliver(heartbeat)
 
 
@@ -411,10 +412,19 @@ def test_entries_of_earlier_terms_in_the_place_of_void_ones_are_no_reason_to_tak
     assert cluster[3].state.index == 9
 
 
-def test_an_answer_about_a_log_that_the_leader_does_not_have_is_ignored() -> None:
+def test_a_leader_that_hears_of_committed_entries_which_it_does_not_have_stops() -> None:
     cluster = Cluster(2)
     leader = cluster.elect(1)
-    leader.raft.step(Message(MessageType.APP_RESP, 1, 2, 1, index=99))
+    assert leader.raft.commit == 1
+    with pytest.raises(errors.EntriesLost, match=r"entries up to 99.*ends at 1"):
+        leader.raft.step(Message(MessageType.APP_RESP, 1, 2, 1, index=99))
+    assert leader.raft.progress()[2].match == 1
+    assert not leader.raft.has_ready
+
+
+def test_answers_of_strangers_are_ignored() -> None:
+    cluster = Cluster(2)
+    leader = cluster.elect(1)
     leader.raft.step(Message(MessageType.APP_RESP, 1, 7, 1, index=1))  # nobody knows 7
     leader.raft.step(Message(MessageType.HEARTBEAT_RESP, 1, 7, 1))
     assert leader.raft.commit == 1
