@@ -7,6 +7,7 @@ import trio
 
 from aspenfs import errors
 from aspenfs.cluster.membership import ChangeKind
+from aspenfs.cluster.messages import Message, MessageType
 from aspenfs.kv import commands, types
 from aspenfs.kv.types import absent, append, merge, put
 from aspenfs.limits import PROPOSAL_TIMEOUT_MS
@@ -180,3 +181,23 @@ def test_a_node_that_meets_what_a_newer_release_wrote_stops_and_says_so(tmp_path
     told = raised.value.subgroup(errors.NotSupported)
     assert told is not None
     assert "newer release" in str(told.exceptions)
+
+
+def test_a_node_that_hears_of_lost_entries_stops_and_serves_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with store_cluster(tmp_path) as cluster:
+            store, other = followers(cluster)
+            raft, sent = store.consensus.replica.raft, []
+            term = raft.term + 1
+            lost = Message(MessageType.APP, store.node_id, other.node_id, term, term, index=raft.commit)
+            cluster.carry = lambda *message: sent.append(message)  # type: ignore[method-assign]
+            store.consensus.receive(other.node_id, [lost])
+            store.consensus.receive(other.node_id, [lost._replace(type=MessageType.VOTE, term=term + 1)])
+            with pytest.raises(errors.EntriesLost):
+                store.get(b"k")
+            await trio.sleep(0.01)
+            assert store.node_id not in {sender for sender, *_ in sent}
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        trio.run(main)
+    assert caught.value.subgroup(errors.EntriesLost) is not None
