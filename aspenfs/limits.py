@@ -127,6 +127,7 @@ PEER_BACKOFF_MS_MIN, PEER_BACKOFF_MS_MAX = 50, 1_000  # between attempts to conn
 PEER_LINK_BYTES_MAX = 128 * GIB  # then a new connection: one AES-GCM key is good for 388 GB (RFC 8446 §5.5)
 PEER_LINK_S_MAX = 86_400  # and after this time: certificates are looked at again
 PEER_ADDRESSES_MAX = 8  # of one node
+PEER_FORMER_LIVES_MAX = 32  # whose marks a node tells: nobody can say whose an older start was
 PEER_ADDRESS_BYTES_MAX = 270  # a DNS name of 253 bytes, its port, brackets
 NODE_NAME_BYTES_MAX = 64  # as host names of Linux
 MEMBERS_MAX = 64  # that are not removed; each mount is one

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from aspenfs.cli.mount import MALLOC_ENVIRONMENT
 from aspenfs.cluster.messages import Message, MessageType
 from aspenfs.runtime import identity
-from aspenfs.runtime.identity import Identity
+from aspenfs.runtime.identity import Identity, Life
 from aspenfs.runtime.peers import ca, credentials
 from aspenfs.runtime.peers.ca import NodeName
 from aspenfs.runtime.peers.credentials import Credentials
@@ -91,7 +91,7 @@ class Bench:
         self.arrived = trio.Event()
         mine = shown(directory)
         self.id = mine.name.node_id
-        self.network = PeerNetwork(mine, 1, CLOCK, ENTROPY, deliver=self._deliver,
+        self.network = PeerNetwork(mine, Life(1, self.id), CLOCK, deliver=self._deliver,
                                    unreachable=lambda peer: None)  # fmt: skip
         self.network.handle("echo", self._echo)
         self.network.handle("blob.put", self._put)

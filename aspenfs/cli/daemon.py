@@ -86,7 +86,7 @@ class Node:
         if credentials.load(directory.path) is None:  # who has lost its log hears that first
             identity.check_kept(directory.path)
             identity.give_birth(directory.path, SystemEntropy())
-        incarnation = identity.begin_incarnation(directory.path)
+        life = identity.begin_incarnation(directory.path, SystemEntropy())
         self.blobs = BlobStore.open(disk)
         self.store = NodeStore.open(
             directory.path,
@@ -98,14 +98,14 @@ class Node:
             pre_sync_due=lambda: self.blobs.dirty,
             verify_entry=self._names_only_blobs_that_are_there,
             reserve=Reserve(directory.path),
-            incarnation=incarnation,
+            incarnation=life.incarnation,
         )
         if self.store.identity.name != options.name:
             raise errors.InvalidArgument(
                 f"{directory.path} holds the cluster {self.store.identity.name!r}, not {options.name!r}: "
                 "mount it by its name, or name another state directory with -o state_dir="
             )
-        self._join_in(disk, incarnation)
+        self._join_in(disk, life)
         self.volume = Volume(self.store, self.replicator, clock)
         self.volume.breathe = trio.lowlevel.checkpoint
         self.volume.is_member = self._is_member
@@ -141,16 +141,16 @@ class Node:
         self.stop = trio.Event()
         self.events = Events(self._cluster_view, clock.time_ns)
 
-    def _join_in(self, disk: RealDisk, incarnation: int) -> None:
+    def _join_in(self, disk: RealDisk, life: identity.Life) -> None:
         """The parts that deal with other nodes, whether there are any or not."""
         path, store, clock, entropy = self.directory.path, self.store, self.clock, SystemEntropy()
         consensus, options = store.consensus, self.options
         self.switch = switch = Switch()
         self.members, self.lags = Members(store, consensus), Lags(consensus)
         settings = peer_settings.effective(path, options.listen, options.advertise)
-        self.peering = Peering(path, store, self.members, self.lags, switch, incarnation, clock, entropy,
+        self.peering = Peering(path, store, self.members, self.lags, switch, life, clock, entropy,
                                settings)  # fmt: skip
-        self.clocks = ClockWatch(consensus, switch, clock, incarnation)
+        self.clocks = ClockWatch(consensus, switch, clock, life.incarnation)
         self.catching_up = CatchingUp(store, switch, path)
         self.snapshots = SnapshotServer(store.state, entropy, disk.free_bytes,
                                         lambda: store.quarantine and store.quarantine.error())  # fmt: skip

@@ -12,13 +12,18 @@ from aspenfs.cluster.types import Configuration
 from aspenfs.runtime.divergence import Verdict
 from aspenfs.runtime.lags import Lags
 from aspenfs.runtime.members import Member, Members
-from aspenfs.runtime.peers.network import REMOVED, PeerNetwork
+from aspenfs.runtime.peers.network import COPIED, OLD_COPY, REMOVED, PeerNetwork
 from aspenfs.runtime.quarantine import Quarantine
 
 _NS_PER_S: Final = 1_000_000_000
 _DAY_S: Final = 86_400
 _EXPIRY_WARNING_S: Final = 30 * _DAY_S  # a certificate is renewed when 120 days are left: something is wrong
 
+_REFUSED: Final = (
+    "to start it again does not help: it may have forgotten what it had promised. If its own directory is "
+    "still there, put that back and start only that; else remove the old member (aspen member remove, on "
+    "another node), empty the directory, and join again with a new ticket (aspen join)"
+)
 _NO_QUORUM: Final = (
     "start them again, or mend the network: until then writes fail after a while, and only mounts with "
     "-o consistency=stale can read; if they are lost for good, see aspen recover --help"
@@ -111,6 +116,21 @@ def _was_removed(
     return any(error is not None and REMOVED in error.cause for error in causes)
 
 
+def _refusal(rows: Sequence[Row], own: int) -> str:
+    """What another member says of this node, if that is why it is not let in; empty if none does."""
+    for row in rows:
+        cause = str(row.get("cause", ""))
+        if f"node {own} " in cause and _is_copy(row):
+            return cause
+    return ""
+
+
+def _is_copy(row: Row) -> bool:
+    """Whether that member is not connected because it, or this node, was started from a copy."""
+    cause = str(row.get("cause", ""))
+    return OLD_COPY in cause or COPIED in cause
+
+
 class Quorum(NamedTuple):
     """Whether writes can go on, as far as this node sees."""
 
@@ -134,6 +154,8 @@ def problems(rows: Sequence[Row], configuration: Configuration, leader: int, own
     own_row = by_node.get(own, {})
     if own_row.get("state") == "removed":
         return [WAS_REMOVED]
+    if refusal := _refusal(rows, own):
+        return [Problem(f"this node is refused: {refusal}", _REFUSED)]
     reached = {row["id"] for row in rows if row["state"] in ("here", "connected")}
     found = quorum(configuration, reached)
     names = [str(by_node[node]["name"]) if node in by_node else f"node {node}" for node in found.lost]
@@ -145,6 +167,10 @@ def problems(rows: Sequence[Row], configuration: Configuration, leader: int, own
         told.append(Problem("no leader", _NO_LEADER))
     if names:
         advice = f"{_LOST}: aspen member remove {names[0]}, then join another one"
+        if copies := [by_node[node] for node in found.lost if _is_copy(by_node.get(node, {}))]:
+            name = str(copies[0]["name"])
+            advice = (f"{name} is refused: {copies[0]['cause']}. Start it from its own directory; if that is "
+                      f"lost: aspen member remove {name}, then join another one")  # fmt: skip
         told.append(Problem(f"{lost}; writes go on", advice))
     learners = {*configuration.learners, *configuration.learners_next}
     told += [_lost_learner(row) for row in rows

@@ -1,7 +1,8 @@
 """Who a state directory is: cluster, node, birth mark, incarnation. Small files, written durably and whole.
 
     cluster.json   {"format": 1, "cluster_id": 32 hex digits, "name": the cluster's name, "node_id": 1}
-    incarnation    {"format": 1, "incarnation": n}: how often a node started here
+    incarnation    {"format": 1, "incarnation": n, "marks": [16 hex digits, ...]}: how often a node started
+                   here, and what was drawn at the last starts, the latest last
     wal/born       32 hex digits and a newline: the birth mark
     node.key, node.crt, ca.crt, ca.key   what peers/ca.py makes, PEM
 
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aspenfs.errors import Corrupt, IdentityLost, InvalidArgument
+from aspenfs.limits import PEER_FORMER_LIVES_MAX
 from aspenfs.runtime.disk import sync_directory
 from aspenfs.seams import Entropy
 
@@ -31,6 +33,7 @@ CLUSTER_NAME_BYTES_MAX = 64  # it stands in /etc/fstab and in the mount table
 
 INCARNATION_FILE = "incarnation"
 INCARNATION_MAX = (1 << 24) - 1  # proposals are numbered incarnation << 40 | count in 64 bits
+MARK_BYTES = 8
 BORN_FILE = "wal/born"
 BORN_BYTES = 16
 NODE_KEY_FILE, NODE_CERTIFICATE_FILE = "node.key", "node.crt"
@@ -153,30 +156,55 @@ def check_kept(directory: Path) -> None:
 # --- the incarnation ---
 
 
+class Life(NamedTuple):
+    """What tells one start of a node from all others, also of a copy of its directory.
+
+    A copy counts on from where it was made, so its numbers come to be those of the original; its marks do
+    not. `former`: those of the lives `incarnation` - 1, `incarnation` - 2, ..., as far as they are known.
+    """
+
+    incarnation: int
+    mark: int
+    former: tuple[int, ...] = ()
+
+
 def incarnation(directory: Path) -> int:
     """How often a node started here so far. Corrupt if the file cannot be understood."""
+    return _read_lives(directory)[0]
+
+
+def _read_lives(directory: Path) -> tuple[int, list[int]]:
+    """How many there were, and the marks of the last ones, the latest last."""
     path = directory / INCARNATION_FILE
+    number, marks = None, []
     try:
         fields: Any = json.loads(path.read_bytes())
-        number = fields["incarnation"] if fields["format"] == FORMAT else None
+        if fields["format"] == FORMAT:
+            marks = [int.from_bytes(bytes.fromhex(mark)) for mark in fields.get("marks", [])]
+            number = fields["incarnation"]
     except FileNotFoundError:
-        return 0
-    except (ValueError, KeyError, TypeError):
-        number = None
-    if type(number) is not int or not 0 < number <= INCARNATION_MAX:
+        return 0, []
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    if (type(number) is not int or not 0 < number <= INCARNATION_MAX or len(marks) > number
+            or not all(mark < 1 << 8 * MARK_BYTES for mark in marks)):  # fmt: skip
         advice = "write the number of the member's row (`aspen member list`), or any greater one, into it"
         raise Corrupt(str(path), 0, "not an incarnation", advice)
-    return number
+    return number, marks
 
 
-def begin_incarnation(directory: Path) -> int:
-    """The number of the life that begins now, from 1; durable when this returns."""
-    number = incarnation(directory) + 1
+def begin_incarnation(directory: Path, entropy: Entropy) -> Life:
+    """The life that begins now, numbered from 1; durable when this returns."""
+    number, former = _read_lives(directory)
+    number += 1
     if number > INCARNATION_MAX:
         raise InvalidArgument(f"{directory} has seen {INCARNATION_MAX} starts: join again with a new ticket")
-    fields = {"format": FORMAT, "incarnation": number}
+    former = former[-PEER_FORMER_LIVES_MAX:]
+    life = Life(number, int.from_bytes(entropy.random_bytes(MARK_BYTES)) | 1, tuple(reversed(former)))
+    marks = [mark.to_bytes(MARK_BYTES).hex() for mark in (*former, life.mark)]
+    fields = {"format": FORMAT, "incarnation": number, "marks": marks}
     write_file(directory / INCARNATION_FILE, json.dumps(fields).encode() + b"\n")
-    return number
+    return life
 
 
 # --- files ---

@@ -15,6 +15,7 @@ from aspenfs import errors
 from aspenfs.cluster.types import NodeId
 from aspenfs.runtime import contacts, peer_settings
 from aspenfs.runtime.host import NodeStore
+from aspenfs.runtime.identity import Life
 from aspenfs.runtime.lags import KIND as LAGS
 from aspenfs.runtime.lags import Lags
 from aspenfs.runtime.members import CHANGE, Members
@@ -67,12 +68,12 @@ class Peering:
     """`run` as long as the node runs; `begin` gives it a network if it has none."""
 
     def __init__(self, directory: Path, store: NodeStore, members: Members, lags: Lags, switch: Switch,
-                 incarnation: int, clock: Clock, entropy: Entropy,
+                 life: Life, clock: Clock, entropy: Entropy,
                  settings: PeerSettings | None) -> None:  # fmt: skip
         """`settings` None: no network, until `begin`. IdentityLost, Corrupt: the certificate here is not
         for what else is here."""
         self._directory, self._store, self._members, self._lags = directory, store, members, lags
-        self._switch, self._incarnation, self._clock, self._entropy = switch, incarnation, clock, entropy
+        self._switch, self._life, self._clock, self._entropy = switch, life, clock, entropy
         self.settings: PeerSettings | None = None
         self.network: PeerNetwork | None = None
         self.keeper: Keeper | None = None
@@ -112,7 +113,7 @@ class Peering:
             credentials.establish, self._directory, self._clock, self._entropy
         )
         consensus = self._store.consensus
-        network = PeerNetwork(made, self._incarnation, self._clock, self._entropy,
+        network = PeerNetwork(made, self._life, self._clock,
                               deliver=consensus.receive, unreachable=consensus.unreachable,
                               advertise=settings.advertise)  # fmt: skip
         keeper = Keeper(network, self._store, self._members, self._clock)
@@ -134,7 +135,8 @@ class Peering:
             self._nursery.start_soon(self._introduce_patiently, settings, made)
 
     async def _introduce(self, settings: PeerSettings, made: Credentials) -> None:
-        await self._members.introduce(settings.name, settings.advertise, made.name.born, self._incarnation)
+        await self._members.introduce(settings.name, settings.advertise, made.name.born,
+                                      self._life.incarnation)  # fmt: skip
 
     async def _introduce_patiently(self, settings: PeerSettings, made: Credentials) -> None:
         """The others get to know this node's addresses as they are now, as soon as they agree on anything."""

@@ -15,9 +15,10 @@ from aspenfs.kv.types import put
 from aspenfs.runtime.clock_watch import KIND, ClockWatch
 from aspenfs.runtime.cluster_view import clock_problem
 from aspenfs.runtime.host import NodeStore
+from aspenfs.runtime.identity import Life
 from aspenfs.runtime.peering import Switch
 from aspenfs.runtime.peers.network import PeerNetwork
-from tests.runtime.peers.nodes import CLOCK, ENTROPY, Row, make_authority, make_credentials
+from tests.runtime.peers.nodes import CLOCK, Row, make_authority, make_credentials
 from tests.runtime.store_cluster import StoreCluster, grown, until
 
 PERIOD_S = 0.1
@@ -62,7 +63,7 @@ class WatchedCluster(StoreCluster):
         shown = make_credentials(self.directory / str(node), self.authority, node)
         store = await super().start(node, **options)
         consensus, switch, clocks = store.consensus, Switch(), Clocks()
-        network = PeerNetwork(shown, self.lives, CLOCK, ENTROPY, deliver=consensus.receive,
+        network = PeerNetwork(shown, Life(self.lives, self.lives), CLOCK, deliver=consensus.receive,
                               unreachable=consensus.unreachable)  # fmt: skip
         watch = ClockWatch(consensus, switch, clocks, self.lives, period_s=PERIOD_S)
         await self.nursery.start(network.run, ["127.0.0.1:0"])

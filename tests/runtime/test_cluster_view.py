@@ -6,6 +6,7 @@ import pytest
 
 from aspenfs.cluster.types import Configuration
 from aspenfs.runtime.cluster_view import certificate_problem, problems, quorum
+from aspenfs.runtime.peers.network import COPIED, OLD_COPY
 
 DAY_NS = 86_400 * 1_000_000_000
 NOW_NS = 50 * 365 * DAY_NS
@@ -77,6 +78,23 @@ def test_a_learner_that_is_lost_is_told_of_after_a_while_and_where_it_is_looked_
     assert problem.cause.startswith("the learner n2 is unreachable at 192.0.2.2:7420")
     assert "advertise=" in problem.advice
     assert "aspen member remove n2" in problem.advice
+
+
+@pytest.mark.parametrize("why", [OLD_COPY, COPIED])
+def test_a_node_that_is_refused_as_a_copy_is_told_so_and_nothing_else(why: str) -> None:
+    refused = row(2, "unreachable") | {"cause": f"node 1 was seen before: {why}"}
+    rows = [row(1, "here"), refused, row(3, "unreachable")]
+    (problem,) = problems(rows, Configuration((1, 2, 3)), 0, 1, NOW_NS)
+    assert problem.cause == f"this node is refused: node 1 was seen before: {why}"
+    assert "start it again does not help" in problem.advice
+    refused["cause"] = f"node 2 was seen before: {why}"  # this node refuses the other
+    (problem,) = problems(rows, Configuration((1, 2, 3)), 0, 1, NOW_NS)
+    assert problem.cause.startswith("no quorum")
+    (problem,) = problems(
+        [row(1, "here"), refused, row(3, "connected")], Configuration((1, 2, 3)), 3, 1, NOW_NS
+    )
+    assert problem.cause == "1 of 3 voters unreachable: n2; writes go on"
+    assert problem.advice.startswith(f"n2 is refused: node 2 was seen before: {why}. Start it from its own")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from aspenfs.errors import Corrupt, IdentityLost, InvalidArgument
+from aspenfs.limits import PEER_FORMER_LIVES_MAX
 from aspenfs.runtime import identity
 from tests.kv.subject import FakeEntropy
 
@@ -93,14 +94,14 @@ def test_who_was_killed_at_its_first_start_may_start(tmp_path: Path) -> None:
         identity.check_kept(tmp_path)
         identity.give_birth(tmp_path, FakeEntropy())
     for _ in range(2):
-        identity.begin_incarnation(tmp_path)
+        identity.begin_incarnation(tmp_path, FakeEntropy())
         identity.check_kept(tmp_path)
 
 
 @pytest.mark.parametrize("left", ["nothing", "directories"])
 def test_a_node_of_which_log_and_state_are_gone_is_not_taken_for_a_new_one(tmp_path: Path, left: str) -> None:
     identity.create(tmp_path, "demo", FakeEntropy())
-    identity.begin_incarnation(tmp_path)
+    identity.begin_incarnation(tmp_path, FakeEntropy())
     if left == "directories":  # on which a disk should be mounted
         (tmp_path / "wal").mkdir()
         (tmp_path / "state").mkdir()
@@ -110,7 +111,7 @@ def test_a_node_of_which_log_and_state_are_gone_is_not_taken_for_a_new_one(tmp_p
 
 @pytest.mark.parametrize("name", ["wal", "state"])
 def test_a_log_of_an_earlier_version_needs_no_birth_mark(tmp_path: Path, name: str) -> None:
-    identity.begin_incarnation(tmp_path)
+    identity.begin_incarnation(tmp_path, FakeEntropy())
     (tmp_path / name).mkdir()
     (tmp_path / name / "file").touch()
     identity.check_kept(tmp_path)
@@ -119,28 +120,47 @@ def test_a_log_of_an_earlier_version_needs_no_birth_mark(tmp_path: Path, name: s
 # --- the incarnation ---
 
 
+def test_a_life_knows_the_marks_of_those_before_it(tmp_path: Path) -> None:
+    entropy = FakeEntropy()
+    lives = [identity.begin_incarnation(tmp_path, entropy) for _ in range(PEER_FORMER_LIVES_MAX + 3)]
+    marks = [life.mark for life in lives]
+    assert len(set(marks)) == len(marks)
+    assert lives[2].former == (marks[1], marks[0])
+    assert lives[-1].former == tuple(reversed(marks[-1 - PEER_FORMER_LIVES_MAX : -1]))
+
+
+def test_of_a_directory_of_an_earlier_release_only_the_count_is_known(tmp_path: Path) -> None:
+    (tmp_path / identity.INCARNATION_FILE).write_text('{"format": 1, "incarnation": 7}')
+    life = identity.begin_incarnation(tmp_path, FakeEntropy())
+    assert (life.incarnation, life.former) == (8, ())
+    assert identity.begin_incarnation(tmp_path, FakeEntropy()).former == (life.mark,)
+
+
 def test_each_start_is_a_new_incarnation(tmp_path: Path) -> None:
     assert identity.incarnation(tmp_path) == 0
-    assert [identity.begin_incarnation(tmp_path) for _ in range(3)] == [1, 2, 3]
+    assert [identity.begin_incarnation(tmp_path, FakeEntropy()).incarnation for _ in range(3)] == [1, 2, 3]
     assert identity.incarnation(tmp_path) == 3
 
 
 @pytest.mark.parametrize("text", [
     b"", b"7", b'{"format": 1}', b'{"format": 2, "incarnation": 7}', b'{"format": 1, "incarnation": "7"}',
     b'{"format": 1, "incarnation": 0}', b'{"format": 1, "incarnation": 16777216}',
-    b'{"format": 1, "incarnation": true}',
+    b'{"format": 1, "incarnation": true}', b'{"format": 1, "incarnation": 7, "marks": 7}',
+    b'{"format": 1, "incarnation": 7, "marks": ["x"]}',
+    b'{"format": 1, "incarnation": 1, "marks": ["07", "08"]}',
+    b'{"format": 1, "incarnation": 7, "marks": ["070707070707070707"]}',
 ])  # fmt: skip
 def test_an_incarnation_that_cannot_be_understood_is_corrupt(tmp_path: Path, text: bytes) -> None:
     (tmp_path / identity.INCARNATION_FILE).write_bytes(text)
     with pytest.raises(Corrupt, match="incarnation"):
-        identity.begin_incarnation(tmp_path)
+        identity.begin_incarnation(tmp_path, FakeEntropy())
 
 
 def test_incarnations_end_before_they_overflow(tmp_path: Path) -> None:
     last = json.dumps({"format": 1, "incarnation": identity.INCARNATION_MAX}).encode()
     (tmp_path / identity.INCARNATION_FILE).write_bytes(last)
     with pytest.raises(InvalidArgument):
-        identity.begin_incarnation(tmp_path)
+        identity.begin_incarnation(tmp_path, FakeEntropy())
 
 
 def test_a_file_is_replaced_whole_whatever_was_left_beside_it(tmp_path: Path) -> None:

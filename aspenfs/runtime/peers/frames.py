@@ -17,6 +17,7 @@ from aspenfs import errors
 from aspenfs.limits import (
     PEER_ADDRESS_BYTES_MAX,
     PEER_ADDRESSES_MAX,
+    PEER_FORMER_LIVES_MAX,
     PEER_FRAME_BYTES_MAX,
     PEER_GREETING_BYTES_MAX,
     PEER_ITEMS_MAX,
@@ -63,11 +64,13 @@ class Hello(NamedTuple):
     incarnation: int
     process: int  # drawn at each start: tells two processes of one incarnation apart
     addresses: tuple[str, ...] = ()  # HOST:PORT where it is found in this life; of late only
+    former: tuple[int, ...] = ()  # `process` of the lives before, the last one first; of late only
 
 
 class Welcome(NamedTuple):
     incarnation: int
     process: int
+    former: tuple[int, ...] = ()
 
 
 class Request(NamedTuple):
@@ -214,7 +217,8 @@ def decode_hello(payload: memoryview) -> Hello:
         raise errors.ProtocolError(f"addresses must be a list of at most {PEER_ADDRESSES_MAX}")
     if not all(type(each) is str and len(each) <= PEER_ADDRESS_BYTES_MAX for each in addresses):
         raise errors.ProtocolError(f"an address is text of at most {PEER_ADDRESS_BYTES_MAX} characters")
-    return Hello(LinkKind(link), cluster_id, node_id, incarnation, process, addresses)
+    former = _check_former(more[1] if len(more) > 1 else ())
+    return Hello(LinkKind(link), cluster_id, node_id, incarnation, process, addresses, former)
 
 
 def _check_version(versions: Any) -> None:
@@ -232,7 +236,7 @@ def decode_welcome(payload: memoryview) -> Welcome:
     _check_version(value[:1])
     _check_incarnation(value[1])
     _check_numbers(value[2:3])
-    return Welcome(value[1], value[2])
+    return Welcome(value[1], value[2], _check_former(value[3] if len(value) > 3 else ()))
 
 
 def decode_question(payload: bytes) -> None:
@@ -348,6 +352,13 @@ def _check_numbers(values: Iterable[Any]) -> None:
     for value in values:
         if type(value) is not int or not 0 <= value <= _NUMBER_MAX:
             raise errors.ProtocolError(f"{value!r} is not a number from 0 to 2^64 - 1")
+
+
+def _check_former(value: Any) -> tuple[int, ...]:
+    if type(value) is not tuple or len(value) > PEER_FORMER_LIVES_MAX:
+        raise errors.ProtocolError(f"former lives must be a list of at most {PEER_FORMER_LIVES_MAX}")
+    _check_numbers(value)
+    return value
 
 
 def _check_incarnation(value: Any) -> None:

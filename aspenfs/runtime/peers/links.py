@@ -31,6 +31,7 @@ from aspenfs.limits import (
     PEER_REQUESTS_BYTES_MAX,
     PEER_REQUESTS_MAX,
 )
+from aspenfs.runtime.identity import Life
 from aspenfs.runtime.peers import addresses, ca, frames
 from aspenfs.runtime.peers.addresses import Address
 from aspenfs.runtime.peers.ca import NodeName
@@ -56,8 +57,8 @@ class LinkOwner(Protocol):
     def check_server(self, peer: int, name: NodeName | None) -> None:
         """PeerRefused unless a certificate of that name may answer where `peer` was called."""
 
-    def note_life(self, peer: int, incarnation: int, process: int) -> None:
-        """PeerRefused if a later life of the peer is known."""
+    def note_life(self, peer: int, life: Life) -> None:
+        """PeerRefused if another life of the peer is known that this one does not follow."""
 
     def link_up(self, peer: int, kind: LinkKind) -> None: ...
 
@@ -288,7 +289,7 @@ class Link:
         try:
             with trio.move_on_after(PEER_HANDSHAKE_S):
                 welcome = await self._greet(stream)
-                self._owner.note_life(self.peer, welcome.incarnation, welcome.process)
+                self._owner.note_life(self.peer, Life(*welcome))
                 return Outgoing(stream, self.peer, self._clock)
         except Broken as error:
             stream.close()

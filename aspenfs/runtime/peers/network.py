@@ -22,6 +22,7 @@ from aspenfs import errors
 from aspenfs.cluster.messages import Message, from_wire
 from aspenfs.errors import IdentityLost, InvalidArgument, PeerRefused, PeerUnreachable, ProtocolError
 from aspenfs.limits import PEER_SMALL_REQUEST_BYTES
+from aspenfs.runtime.identity import Life
 from aspenfs.runtime.peers import addresses, frames
 from aspenfs.runtime.peers.addresses import Address
 from aspenfs.runtime.peers.ca import NodeName
@@ -30,11 +31,13 @@ from aspenfs.runtime.peers.credentials import Credentials
 from aspenfs.runtime.peers.frames import Hello, LinkKind, Welcome
 from aspenfs.runtime.peers.links import Link
 from aspenfs.runtime.peers.server import Handler, Incoming, Server
-from aspenfs.seams import Clock, Entropy
+from aspenfs.seams import Clock
 
 log = logging.getLogger(__name__)
 
 REMOVED = "was removed from the cluster"  # so that who is told so knows it
+OLD_COPY = "its state directory is an old copy"
+COPIED = "its state directory was copied"
 BULK_KINDS = ("blob.", "snapshot.")  # requests whose answers are long
 
 _SAME_MAX = 4  # connections of one peer and kind
@@ -85,7 +88,7 @@ class PeerNetwork:
     `deliver` and a bug are the only things that end `run` with an error.
     """
 
-    def __init__(self, credentials: Credentials, incarnation: int, clock: Clock, entropy: Entropy, *,
+    def __init__(self, credentials: Credentials, life: Life, clock: Clock, *,
                  deliver: Deliver, unreachable: Callable[[int], object],
                  advertise: Sequence[str] = ()) -> None:  # fmt: skip
         """`advertise`: where this node is found in this life, HOST:PORT; those it greets are told."""
@@ -96,14 +99,13 @@ class PeerNetwork:
         self._gathered: dict[int, Channel] = {}  # with messages that wait for it
         self.strangers: Strangers | None = None  # answers those without a certificate (`admission.py`)
         self.ports: list[int] = []  # listened on, while `run` runs
-        self._incarnation, self._clock = incarnation, clock
-        self._process = int.from_bytes(entropy.random_bytes(8), "big") | 1
+        self._life, self._clock = life, clock
         self._unreachable = unreachable
         self._members: Mapping[int, Member] = {}
         self._addresses: dict[int, tuple[Address, ...]] = {}
         self._advertise = tuple(advertise)
         self._told: dict[int, _Told] = {}  # where peers say they are found
-        self._lives: dict[int, tuple[int, int]] = {}  # the latest incarnation seen, and its process
+        self._lives: dict[int, Life] = {}  # the latest one seen
         self._links: dict[tuple[int, LinkKind], Link] = {}
         self._incoming: dict[Incoming, None] = {}  # oldest first
         self._errors: dict[int, PeerError] = {}
@@ -303,7 +305,8 @@ class PeerNetwork:
 
     def hello(self, kind: LinkKind) -> Hello:
         name = self.credentials.name
-        return Hello(kind, name.cluster_id, name.node_id, self._incarnation, self._process, self._advertise)
+        incarnation, mark, former = self._life
+        return Hello(kind, name.cluster_id, name.node_id, incarnation, mark, self._advertise, former)
 
     def client_context(self) -> ssl.SSLContext:
         return self._client_context
@@ -318,17 +321,21 @@ class PeerNetwork:
             raise PeerRefused(f"node {name.node_id} answers where node {peer} should: correct its address")
         self._check_member(peer, name.born)
 
-    def note_life(self, peer: int, incarnation: int, process: int) -> None:
-        known = self._lives.get(peer)
+    def note_life(self, peer: int, life: Life) -> None:
+        known, incarnation = self._lives.get(peer), life.incarnation
         if known is not None:
-            if incarnation < known[0]:
-                raise PeerRefused(f"node {peer} was started {known[0]} times, but this is start number "
-                                  f"{incarnation}: its state directory is an old copy")  # fmt: skip
-            if incarnation == known[0] and process != known[1]:
-                raise PeerRefused(f"node {peer} runs twice: its state directory was copied")
-            if incarnation == known[0]:
+            lives_since = incarnation - known.incarnation
+            if lives_since < 0:
+                raise PeerRefused(f"node {peer} was started {known.incarnation} times, but this is start "
+                                  f"number {incarnation}: {OLD_COPY}")  # fmt: skip
+            if lives_since == 0 and life.mark != known.mark:
+                raise PeerRefused(f"node {peer} runs twice: {COPIED}")
+            if 0 < lives_since <= len(life.former) and life.former[lives_since - 1] != known.mark:
+                raise PeerRefused(f"node {peer} does not know of its start number {known.incarnation}, which "
+                                  f"was seen here: {OLD_COPY}")  # fmt: skip
+            if lives_since == 0:
                 return
-        self._lives[peer] = incarnation, process
+        self._lives[peer] = life
         for channel in self._incoming:
             if channel.peer == peer and channel.hello.incarnation < incarnation:
                 channel.end("the node was started again")
@@ -363,7 +370,7 @@ class PeerNetwork:
         if (hello.cluster_id, hello.node_id) != (name.cluster_id, name.node_id):
             raise PeerRefused("the greeting and the certificate name different nodes")
         self._check_member(name.node_id, name.born)
-        self.note_life(name.node_id, hello.incarnation, hello.process)
+        self.note_life(name.node_id, Life(hello.incarnation, hello.process, hello.former))
         self._take_in_addresses(hello)
 
     def _check_name(self, name: NodeName | None) -> None:
@@ -388,7 +395,7 @@ class PeerNetwork:
                                "its disk was replaced; remove the member and join again with a new ticket")
 
     def welcome(self) -> Welcome:
-        return Welcome(self._incarnation, self._process)
+        return Welcome(*self._life)
 
     def came_in(self, channel: Incoming) -> None:
         # A renewal leaves the former one to end by itself; many of them are a peer that lost track.

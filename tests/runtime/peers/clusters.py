@@ -103,7 +103,7 @@ class Member:
         shown = credentials.load(directory)
         assert shown is not None
         self.id, self.directory = shown.name.node_id, directory
-        self.network = PeerNetwork(shown, identity.begin_incarnation(directory), clock, ENTROPY,
+        self.network = PeerNetwork(shown, identity.begin_incarnation(directory, ENTROPY), clock,
                                    deliver=lambda peer, messages: None,
                                    unreachable=lambda peer: None)  # fmt: skip
         self.keeper = Keeper(self.network, cluster.store, cluster, clock)

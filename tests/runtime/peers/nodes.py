@@ -14,7 +14,7 @@ import trio
 
 from aspenfs.cluster.messages import Message, MessageType
 from aspenfs.runtime import identity
-from aspenfs.runtime.identity import Identity
+from aspenfs.runtime.identity import Identity, Life
 from aspenfs.runtime.peers import ca, credentials
 from aspenfs.runtime.peers.ca import Authority, NodeName
 from aspenfs.runtime.peers.credentials import Credentials
@@ -55,14 +55,17 @@ def make_credentials(directory: Path, authority: Authority, node_id: int, *, clu
 class Node:
     """One PeerNetwork and what it delivered."""
 
-    def __init__(self, shown: Credentials, *, incarnation: int = 1, advertise: Sequence[str] = ()) -> None:
+    def __init__(self, shown: Credentials, *, incarnation: int = 1, mark: int | None = None,
+                 former: tuple[int, ...] = (), advertise: Sequence[str] = ()) -> None:  # fmt: skip
+        """`mark`: drawn, if it is not given."""
         self.id = shown.name.node_id
         self.credentials = shown
         self.received: list[tuple[int, Message]] = []
         self.batches: list[int] = []  # how many messages came in one call
         self.lost: list[int] = []
         self.arrived = trio.Event()
-        self.network = PeerNetwork(shown, incarnation, CLOCK, ENTROPY, deliver=self._deliver,
+        life = Life(incarnation, mark or int.from_bytes(ENTROPY.random_bytes(8)), former)
+        self.network = PeerNetwork(shown, life, CLOCK, deliver=self._deliver,
                                    unreachable=self.lost.append, advertise=advertise)  # fmt: skip
 
     def _deliver(self, peer: int, messages: Sequence[Message]) -> None:

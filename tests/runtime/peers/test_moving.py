@@ -9,10 +9,10 @@ import pytest
 import trio
 
 from aspenfs import errors
-from aspenfs.limits import PEER_ADDRESS_BYTES_MAX, PEER_ADDRESSES_MAX
+from aspenfs.limits import PEER_ADDRESS_BYTES_MAX, PEER_ADDRESSES_MAX, PEER_FORMER_LIVES_MAX
 from aspenfs.runtime.peers import frames
 from aspenfs.runtime.peers.credentials import Credentials
-from aspenfs.runtime.peers.frames import Hello, LinkKind
+from aspenfs.runtime.peers.frames import Hello, LinkKind, Welcome
 from tests.runtime.peers.nodes import (
     CLUSTER_ID,
     Node,
@@ -139,6 +139,23 @@ async def test_what_is_no_address_is_passed_over(tmp_path: Path, places: list[st
 def test_a_greeting_of_a_release_that_says_no_address_is_a_greeting() -> None:
     fields = [frames.MAGIC, [frames.VERSION], LinkKind.BULK, CLUSTER_ID, 3, 1, 1]
     assert frames.decode_hello(memoryview(frames.pack(fields))) == Hello(LinkKind.BULK, CLUSTER_ID, 3, 1, 1)
+
+
+def test_former_lives_go_with_greeting_and_answer_and_may_be_missing() -> None:
+    hello = Hello(LinkKind.BULK, CLUSTER_ID, 3, 5, 1, ("a:1",), (4, 3))
+    assert frames.decode_hello(frames.split(memoryview(frames.encode_hello(hello))[4:])[1]) == hello
+    welcome = Welcome(5, 1, (4, 3))
+    assert frames.decode_welcome(frames.split(memoryview(frames.encode_welcome(welcome))[4:])[1]) == welcome
+    assert frames.decode_welcome(memoryview(frames.pack([frames.VERSION, 5, 1]))) == Welcome(5, 1)
+
+
+@pytest.mark.parametrize("former", [7, "text", ["x"], [-1], [1] * (PEER_FORMER_LIVES_MAX + 1)])
+def test_what_are_no_former_lives_is_refused(former: object) -> None:
+    fields = [frames.MAGIC, [frames.VERSION], LinkKind.BULK, CLUSTER_ID, 3, 5, 1, [], former]
+    with pytest.raises(errors.ProtocolError):
+        frames.decode_hello(memoryview(frames.pack(fields)))
+    with pytest.raises(errors.ProtocolError):
+        frames.decode_welcome(memoryview(frames.pack([frames.VERSION, 5, 1, former])))
 
 
 @pytest.mark.parametrize(

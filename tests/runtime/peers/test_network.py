@@ -477,6 +477,46 @@ async def test_an_old_copy_of_a_node_is_refused(tmp_path: Path) -> None:
 
 
 @in_trio
+async def test_an_old_copy_is_refused_however_often_it_is_started(tmp_path: Path) -> None:
+    authority = make_authority()
+    one = Node(make_credentials(tmp_path / "n1", authority, 1))
+    shown = make_credentials(tmp_path / "n2", authority, 2)
+    seen = Node(shown, incarnation=6, mark=60, former=(50, 40, 30))
+    copies = [Node(shown, incarnation=7, mark=71, former=(61, 51, 41, 30)),
+              Node(shown, incarnation=8, mark=81, former=(71, 61, 51, 41, 30))]  # fmt: skip
+    async with running(one, seen, *copies, connect=False):
+        for node in (one, seen):
+            node.network.set_members({1: one.row, 2: seen.row})
+        await until(lambda: one.network.connected() == {2} and seen.network.connected() == {1})
+        for copy in copies:
+            copy.network.set_members({1: one.row, 2: seen.row})
+            await until(lambda copy=copy: copy.network.peer_error(1))  # type: ignore[misc]
+            cause = copy.network.peer_error(1).cause  # type: ignore[union-attr]
+            assert cause == ("node 2 does not know of its start number 6, which was seen here: its state "
+                             "directory is an old copy")  # fmt: skip
+
+
+@in_trio
+@pytest.mark.parametrize(
+    ("incarnation", "former"),
+    [(7, (60, 50)), (9, (80, 70, 60)), (40, tuple(range(390, 70, -10))), (9, ()), (9, (80, 70))],
+)
+async def test_a_later_start_is_let_in(tmp_path: Path, incarnation: int, former: tuple[int, ...]) -> None:
+    """Also one of an earlier release, or after one, or after very many: nothing is known against it."""
+    authority = make_authority()
+    one = Node(make_credentials(tmp_path / "n1", authority, 1))
+    shown = make_credentials(tmp_path / "n2", authority, 2)
+    seen = Node(shown, incarnation=6, mark=60, former=(50, 40, 30))
+    later = Node(shown, incarnation=incarnation, mark=7, former=former)
+    async with running(one, seen, later, connect=False):
+        for node in (one, seen):
+            node.network.set_members({1: one.row, 2: seen.row})
+        await until(lambda: one.network.connected() == {2} and seen.network.connected() == {1})
+        later.network.set_members({1: one.row, 2: later.row})
+        await until(lambda: later.network.connected() == {1})
+
+
+@in_trio
 async def test_a_newer_life_of_a_node_ends_the_connections_of_the_former(tmp_path: Path) -> None:
     authority = make_authority()
     one = Node(make_credentials(tmp_path / "n1", authority, 1))
