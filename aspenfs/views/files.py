@@ -41,6 +41,8 @@ from aspenfs.vfs.tree import (
 )
 from aspenfs.views.files_open import OpenInode
 
+SENT_BACK_NS: Final = 10**9  # the kernel comes again at once, but may have to wait
+SENT_BACK_MAX: Final = 1000
 DAY_NS: Final = 24 * 3600 * 10**9
 INODES_MAX: Final = (1 << 48) - 1
 # A new file that is opened so is committed before open(2) returns: its end must be known, each write must be
@@ -86,6 +88,7 @@ class FilesTree(Tree):
         self.open_counts: dict[int, int] = {}
         # (inode, thread) -> how often that has it open for writing, and has not closed it
         self.writers: dict[tuple[int, int], int] = {}
+        self.sent_back: dict[int, int] = {}  # thread -> when an open of its was: see `_may_open`
         self.ghosts: dict[int, Attr] = {}  # no row any more, but the kernel may still ask
         self.atimes: dict[int, int] = {}
         # The directory that was last listed in one go, its revision then, and its entries: a change of any of
@@ -179,13 +182,11 @@ class FilesTree(Tree):
         handle = self._handle(node, flags, caller)
         try:
             record = self.store.get(layout.INODE_PREFIX + node.to_bytes(8, "big"))
-            # Without a name it may be on its way out, unless it is held. And what is written to it is lost if
-            # nobody else has it open: who came by the name that it had wants what has that name now.
-            lost = flags & os.O_ACCMODE and self.open_counts[node] == 1
-            if record is None or (
-                record[0].startswith(_NO_NAME) and (lost or not self.orphans.may_open(node))
-            ):
+            # Without a name it may be on its way out, unless it is held.
+            if record is None or (record[0].startswith(_NO_NAME) and not self._may_open(node, flags, caller)):
                 raise errors.Stale(f"inode {node} is gone")
+            if self.sent_back and not record[0].startswith(_NO_NAME):
+                self.sent_back.pop(caller.pid, None)
             if node in self.names.going:
                 await self.names.keep(node)
             if flags & os.O_TRUNC:
@@ -196,6 +197,23 @@ class FilesTree(Tree):
             self.released(handle)
             raise
         return handle
+
+    def _may_open(self, node: int, flags: int, caller: Caller) -> bool:
+        """Whether an inode that has lost its name may be opened here. What is written to it is lost, if
+        nobody else has it open: whoever came by the name that the kernel knew may want what has that name
+        now. At Stale the kernel looks up again; what loses its name then loses it while it is opened."""
+        if not self.orphans.may_open(node):
+            return False
+        if not flags & os.O_ACCMODE or self.open_counts[node] > 1:
+            return True
+        now = self.volume.monotonic_ns()
+        sent_back = self.sent_back.pop(caller.pid, None)
+        if sent_back is not None and now - sent_back < SENT_BACK_NS:
+            return True
+        if len(self.sent_back) >= SENT_BACK_MAX:
+            self.sent_back.clear()
+        self.sent_back[caller.pid] = now
+        return False
 
     def _handle(self, node: int, flags: int, caller: Caller) -> OpenInode:
         self.open_counts[node] = self.open_counts.get(node, 0) + 1

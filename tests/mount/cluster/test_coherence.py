@@ -468,6 +468,35 @@ def steps():
         own_cluster.mend()
 
 
+def test_what_is_written_after_a_replacement_elsewhere_is_in_the_new_file(cluster: Cluster) -> None:
+    """The kernel may know the name as that of the file which was replaced."""
+    first, second, _ = cluster
+    replace = """
+def steps():
+    for n in range(100):
+        with open("new", "w") as file:
+            file.write("new\\n")
+        os.rename("new", "replaced")
+        yield n
+"""
+    append = """
+def steps():
+    for n in range(100):
+        os.stat("replaced")
+        yield n
+        with open("replaced", "a") as file:
+            file.write("more\\n")
+        with open("replaced") as file:
+            yield repr(file.read())
+"""
+    with holding(first, replace) as replaced, holding(second, append) as appended:
+        replaced()
+        for _ in range(99):
+            appended()
+            replaced()
+            assert eval(appended()) == "new\nmore\n"
+
+
 # --- load ---
 
 
