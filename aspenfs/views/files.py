@@ -326,8 +326,14 @@ class FilesTree(Tree):
             await self.attributes.drop_privileges(node, set_ids=unprivileged)
 
     def _attr_expected(self, node: int) -> Attr:
+        """What it will be when all of this host is committed, as far as that can be told. Stale."""
         inode = self._expected(node)
-        return self._attr(node) if inode is None else to_attr(node, inode)
+        if inode is not None:
+            return to_attr(node, inode)
+        try:
+            return self._attr(node)
+        except errors.NotFound as error:
+            raise errors.Stale(str(error)) from None
 
     def _read_as_of(self, node: int, wanted: SetAttr) -> None:
         if wanted.atime_ns is not None:
@@ -490,7 +496,7 @@ class FilesTree(Tree):
         """NotPermitted, as for a mode (`check_change`); whether a set-group-ID bit is kept."""
         if caller is None or not caller.uid or not self.owners_shown or not name.startswith(b"system."):
             return True
-        attr = self._attr(node)
+        attr = self._attr_expected(node)
         check_owner(attr, caller)
         return in_group(caller, attr.gid)
 

@@ -13,7 +13,7 @@ from aspenfs.limits import LEASE_TTL_MS_MAX, SESSION_TTL_MS
 from aspenfs.vfs.tree import OpenFile
 from tests.coherence.hosts import Host, Hosts, run, together, until
 from tests.filesystem.volumes import CALLER
-from tests.views.subject import whole
+from tests.views.subject import User, whole
 
 SEEDS = range(10)
 DATA = b"z" * 30_000
@@ -492,5 +492,26 @@ def test_a_directory_removed_elsewhere_can_still_be_looked_at() -> None:
         b.tree.forgotten(attr.node)
         with pytest.raises(errors.NotFound):
             await b.tree.getattr(attr.node)
+
+    with_hosts(test)
+
+
+def test_who_opens_for_writing_what_was_removed_elsewhere_is_sent_back_once() -> None:
+    async def test(hosts: Hosts, a: Host, b: Host, c: Host) -> None:
+        node = (await a.mounted.create(b"f", DATA)).node
+        await hosts.everywhere()
+        await a.mounted.unlink(b"f")
+        await hosts.everywhere()
+        one, another = User(), User()
+        one.pid, another.pid = 7, 8
+        await (await b.tree.open(node, os.O_RDONLY, one)).release()  # read as before the name went
+        for caller in (one, another):
+            with pytest.raises(errors.Stale):
+                await b.tree.open(node, os.O_WRONLY, caller)
+        opened = await b.tree.open(node, os.O_WRONLY, one)  # the kernel has looked up again meanwhile
+        await (await b.tree.open(node, os.O_RDWR, CALLER)).release()  # it is not lost: somebody has it
+        await opened.release()
+        with pytest.raises(errors.Stale):
+            await b.tree.open(node, os.O_WRONLY, one)
 
     with_hosts(test)
