@@ -32,7 +32,8 @@ def unsynced(trace: Path) -> list[Range]:
     last = int.from_bytes(data[:8], "little")
     covered: dict[int, int] = {}
     found: list[tuple[int, Range]] = []
-    for number in range(max(1, last - SLOTS + 1), last + 1):
+    # The note after the last one may have been under way, in the place of the oldest.
+    for number in range(max(1, last - SLOTS + 2), last + 1):
         noted, inode, value, length = RECORD.unpack_from(data, HEAD + number % SLOTS * RECORD.size)
         assert noted == number, "a note is missing"
         if length:

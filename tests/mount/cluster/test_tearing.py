@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount.tearing import Range, environment, tear, unsynced
+from tests.mount.torn.sitecustomize import HEAD, RECORD, SLOTS
 
 SYNCS = {
     "fdatasync": "os.fdatasync(log)",
@@ -47,3 +48,17 @@ def test_what_was_synced_stays_and_what_was_not_may_be_lost(sync: str, tmp_path:
     assert any(tear(log, trace, random.Random(seed)) for seed in range(3))
     assert segment.read_bytes()[:700] == before[:700]
     assert segment.read_bytes() != before
+
+
+@pytest.mark.parametrize("more", [0, 3])
+def test_a_note_that_was_under_way_at_the_end_is_none(tmp_path: Path, more: int) -> None:
+    """It stands where the oldest one stood, if there have been as many as there is room for."""
+    trace, last = tmp_path / "trace", SLOTS + more
+    notes = bytearray(HEAD + SLOTS * RECORD.size)
+    for number in range(1, last + 2):  # the last of them was not counted any more
+        RECORD.pack_into(notes, HEAD + number % SLOTS * RECORD.size, number, 5, 10 * number, 10)
+    notes[:8] = last.to_bytes(8, "little")
+    trace.write_bytes(notes)
+    found = unsynced(trace)
+    assert len(found) == SLOTS - 1
+    assert found[-1] == Range(5, 10 * last, 10)
