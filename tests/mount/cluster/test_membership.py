@@ -138,8 +138,17 @@ def test_join_to_an_address_where_nobody_finds_it_ends_and_is_mended_by_a_mount(
     cluster: Cluster, stranger: Node
 ) -> None:
     nowhere, here = (cluster.network.advertise(number) for number in (5, stranger.number))
-    said = stranger.refused("join", cluster.ticket(), str(stranger.mountpoint), "--listen",
-                            cluster.network.listen(stranger.number), "--advertise", nowhere, "--name", "n4")
+    said = stranger.refused(
+        "join",
+        cluster.ticket(),
+        str(stranger.mountpoint),
+        "--listen",
+        cluster.network.listen(stranger.number),
+        "--advertise",
+        nowhere,
+        "--name",
+        "n4",
+    )
     assert f"others look for it at {nowhere}" in said
     assert "mount it with -o advertise=HOST:PORT" in said
     assert not stranger.is_mounted()
