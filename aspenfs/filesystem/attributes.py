@@ -30,6 +30,7 @@ from aspenfs.kv.types import (
     EQUAL,
     Edit,
     Operation,
+    Record,
     compare_mod_revision,
     delete,
     exists,
@@ -99,14 +100,18 @@ class AttributeOperations:
     def __init__(self, volume: Volume) -> None:
         self.volume, self.store = volume, volume.store
 
+    def _row(self, node: int) -> tuple[Record, Inode]:
+        """Stale when a rename replaced it since the kernel looked: then that looks up again."""
+        record = self.store.get(inode_key(node))
+        if record is None:
+            raise errors.Stale(f"inode {node} is gone")
+        return record, unpack_inode(record.value)
+
     async def change(self, node: int, change: Change, owner: int | None = None) -> Inode:
         """Makes a change in one transaction. The inode after. NotPermitted if it is not that `owner`'s."""
         key = inode_key(node)
         for _ in range(ATTEMPTS):
-            record = self.store.get(key)
-            if record is None:
-                raise errors.Stale(f"inode {node} is gone")
-            inode = unpack_inode(record.value)
+            record, inode = self._row(node)
             if owner is not None and inode.uid != owner:
                 raise errors.NotPermitted(f"inode {node} is not that user's any more")
             timed = {"ctime": self.volume.now(), **change}
@@ -128,10 +133,7 @@ class AttributeOperations:
         too: it does not know that. Stale."""
         key = inode_key(node)
         for _ in range(ATTEMPTS):
-            record = self.store.get(key)
-            if record is None:
-                raise errors.Stale(f"inode {node} is gone")
-            inode = unpack_inode(record.value)
+            record, inode = self._row(node)
             mode, held = without_set_ids(inode.mode) if set_ids else inode.mode, self.lends(node, inode)
             if mode == inode.mode and not held:
                 return
@@ -156,18 +158,11 @@ class AttributeOperations:
 
     # --- extended attributes ---
 
-    def _flags(self, node: int) -> int:
-        """Stale when a rename replaced it since the kernel looked: then that looks up again."""
-        record = self.store.get(inode_key(node))
-        if record is None:
-            raise errors.Stale(f"inode {node} is gone")
-        return unpack_inode(record.value).flags
-
     def get(self, node: int, name: bytes) -> bytes:
         """NoAttribute, NotSupported for a namespace that we do not keep."""
         if not name.startswith(NAMESPACES) and name not in (acl.ACCESS, acl.DEFAULT):
             raise errors.NotSupported(f"extended attributes are kept in {NAMESPACES}")
-        if not self._flags(node) & HAS_XATTRS:
+        if not self._row(node)[1].flags & HAS_XATTRS:
             raise errors.NoAttribute(name)
         record = self.store.get(xattr_key(node, name))
         if record is None:
@@ -175,7 +170,7 @@ class AttributeOperations:
         return record.value
 
     def list(self, node: int) -> Sequence[bytes]:
-        if not self._flags(node) & HAS_XATTRS:
+        if not self._row(node)[1].flags & HAS_XATTRS:
             return ()
         prefix = XATTR_PREFIX + number(node)
         return [key[11:] for key, _ in self.store.range(prefix, prefix_end(prefix), keys_only=True)]
@@ -191,11 +186,8 @@ class AttributeOperations:
         if len(value) > XATTR_VALUE_BYTES_MAX:
             raise errors.ArgumentTooLong(f"a value has at most {XATTR_VALUE_BYTES_MAX} bytes")
         for _ in range(ATTEMPTS):
-            record = self.store.get(inode_key(node))
-            if record is None:
-                raise errors.Stale(f"inode {node} is gone")
+            record, inode = self._row(node)
             self._check_room(node, name, value)
-            inode = unpack_inode(record.value)
             edits: list[Edit] = [patch(CTIME, I64(self.volume.now()))]
             keep = True
             if name in (acl.ACCESS, acl.DEFAULT):

@@ -168,7 +168,6 @@ class OpenFile:
 
     direct_io = False  # the kernel must not cache its pages
     appends = False  # O_APPEND, as of the last write
-    unprivileged = False  # opened by another user than root
     keep_cache = True  # pages cached earlier are still right
 
     async def read(self, offset: int, size: int) -> bytes:

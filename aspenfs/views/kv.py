@@ -117,7 +117,7 @@ class KVTree(Tree):
     async def setattr(self, node: int, wanted: SetAttr, caller: Caller) -> Attr:
         space = self.space
         now = space.clock.time_ns()
-        if self.owners_shown:
+        if caller.uid and self.owners_shown:
             wanted = check_change(await self.getattr(node), wanted, caller, now)
         changes = kv_attributes.changed(wanted, now)
         found = space.nodes.by_id.get(node)
