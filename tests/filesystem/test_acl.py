@@ -7,6 +7,7 @@ from aspenfs.filesystem import acl
 from aspenfs.filesystem.acl import GROUP_OBJ, MASK, OTHER, USER, USER_OBJ, AclEntry
 from aspenfs.vfs.tree import SetAttr
 from tests.filesystem.volumes import CALLER, Setup, run
+from tests.views.subject import User
 
 NONE = 0xFFFFFFFF
 NAMED = [
@@ -59,6 +60,24 @@ def test_an_access_list_sets_the_mode_and_chmod_sets_the_list() -> None:
             await tree.getxattr(attr.node, acl.ACCESS)
         with pytest.raises(errors.AccessDenied):
             await tree.setxattr(attr.node, acl.DEFAULT, acl.pack(NAMED))
+
+    run(test)
+
+
+def test_only_the_owner_sets_a_list_and_outside_the_group_takes_its_bit() -> None:
+    async def test(setup: Setup) -> None:
+        tree = setup.tree
+        attr, _ = await tree.create(1, b"f", 0o600, 2, CALLER)
+        for gid, mode in ((100, 0o2775), (500, 0o775)):
+            await tree.setattr(attr.node, SetAttr(mode=0o2755, uid=1000, gid=gid), CALLER)
+            await tree.setxattr(attr.node, acl.ACCESS, acl.pack(NAMED), User(1000, 100))
+            assert (await tree.getattr(attr.node)).mode & 0o7777 == mode
+        with pytest.raises(errors.NotPermitted):
+            await tree.setxattr(attr.node, acl.ACCESS, acl.pack(PLAIN), User(1001, 100))
+        with pytest.raises(errors.NotPermitted):
+            await tree.removexattr(attr.node, acl.ACCESS, User(1001, 100))
+        for _ in range(2):  # one that is not there goes without an error
+            await tree.removexattr(attr.node, acl.ACCESS, User(1000, 100))
 
     run(test)
 

@@ -129,6 +129,8 @@ def test_namespaces_and_permissions(here: Path) -> None:
     assert as_user(USER, lambda: os.getxattr(path, "user.a")) == b"u"
     assert as_user(USER, lambda: error(os.setxattr, path, "user.a", b"x")) == "EACCES"
     assert as_user(USER, lambda: error(os.removexattr, path, "user.a")) == "EACCES"
+    assert as_user(USER, lambda: sorted(os.listxattr(path))) == ["security.c", "user.a"]
+    assert error(os.setxattr, path, "user.", b"") == "EINVAL"
     assert as_user(USER, lambda: error(os.getxattr, path, "trusted.b")) == "ENODATA"
     assert as_user(USER, lambda: error(os.setxattr, path, "trusted.b", b"x")) == "EPERM"
     assert as_user(USER, lambda: error(os.setxattr, path, "security.c", b"x")) == "EPERM"
